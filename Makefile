@@ -1,0 +1,50 @@
+# make demo: install and benchmark the embedded pair.  make test: the tests.  make check: lint, format, types.
+.DELETE_ON_ERROR:
+.PHONY: demo test check format embedded install clean help
+
+# The first interpreter on the path that is 3.11 or newer; PYTHON=... overrides.
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
+	"$$p" -c 'import sys; raise SystemExit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo "$$p"; break; }; done)
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+OUT ?= runs/demo
+
+# Idle worker threads that spin take the core another process needs; they sleep instead.
+export OMP_WAIT_POLICY := PASSIVE
+export TOKENIZERS_PARALLELISM := false
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+help:
+	@sed -n 1p $(firstword $(MAKEFILE_LIST))
+
+# The stamp stands for a finished installation: it is remade when the requirements or the versions change.
+# torch is pinned, so that the index's own CPU build is taken; PIP_EXTRA_INDEX_URL names one where it has none.
+$(STAMP): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "forerun needs Python 3.11 or newer: install one, or name it: make PYTHON=/path/to/python3.11"; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+install: $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/forerun bench --out $(OUT)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+embedded: $(STAMP)
+	$(MAKE) -C recipes/embedded PYTHON=$(abspath $(BIN)/python)
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache

@@ -1,0 +1,133 @@
+"""How many tokens to draft next. Policies look at the past only, so every lossless rule stays lossless under them."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from statistics import median
+from typing import Protocol
+
+from forerun.draft.protocol import Outcome, Row
+
+
+class LengthPolicy(Protocol):
+    """`limit` is the most that `depths` ever returns for a row."""
+
+    limit: int
+
+    def depths(self, rows: Sequence[Row | None]) -> list[int]: ...
+    def observe(self, outcome: Outcome) -> None: ...
+    def admit(self, row: int) -> None: ...
+
+
+def build_policy(kind: str, k: int, rows: int) -> LengthPolicy:
+    if kind == "heuristic":
+        return Heuristic(k, rows)
+    return Adaptive(k) if kind == "adaptive" else Constant(k)
+
+
+def useful(rows: Sequence[Row | None], depths: Sequence[int]) -> list[int]:
+    """Cut to what a row can still use: a round emits one token more than it accepts. Idle rows draft nothing."""
+    return [min(depth, row.remaining - 1) if row else 0 for row, depth in zip(rows, depths, strict=True)]
+
+
+class Constant:
+    """Always k."""
+
+    def __init__(self, k: int) -> None:
+        self.limit = k
+
+    def depths(self, rows: Sequence[Row | None]) -> list[int]:
+        return useful(rows, [self.limit] * len(rows))
+
+    def observe(self, outcome: Outcome) -> None:
+        pass
+
+    def admit(self, row: int) -> None:
+        pass
+
+
+class Heuristic:
+    """Each row by itself: two more after a fully accepted round, one less after any other (as transformers' schedule)."""
+
+    def __init__(self, k: int, rows: int) -> None:
+        self.first = k
+        self.limit = max(4 * k, 1)
+        self.current = [k] * rows
+
+    def depths(self, rows: Sequence[Row | None]) -> list[int]:
+        return useful(rows, self.current)
+
+    def observe(self, outcome: Outcome) -> None:
+        for row, (drafted, accepted) in enumerate(zip(outcome.drafted, outcome.accepted, strict=True)):
+            if drafted:
+                self.current[row] += 2 if accepted == drafted else -1
+                self.current[row] = min(max(self.current[row], 1), self.limit)
+
+    def admit(self, row: int) -> None:
+        self.current[row] = self.first
+
+
+class Adaptive:
+    """Renewal-reward: draft as deep as maximizes expected tokens over expected seconds of a round, one depth for the batch.
+
+    Expected tokens of depth d: 1 + sum over i <= d of the product of the conditional acceptances up to i (a position counts
+    only where it was drafted and reached, so that a fully accepted draft is not taken for a refusal one deeper).
+    Seconds: median times of a drafted token, of a verification by its size, and of the rest. A size not tried yet is taken to
+    cost what the nearest smaller one does, so it gets tried once it promises anything; every PROBE rounds a neighbour of the
+    best depth is tried, so that no single slow measurement excludes a depth for good.
+    """
+
+    MEMORY = 0.98  # weight of a round among the acceptances, relative to the next one
+    WINDOW = 9  # rounds a median looks back
+    PROBE = 24
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        # One imaginary try, 0.6 of it accepted: enough to start with, soon outweighed.
+        self.tries, self.hits = [1.0] * limit, [0.6] * limit
+        self.draft: deque[float] = deque(maxlen=self.WINDOW)
+        self.verify: dict[int, deque[float]] = {}
+        self.rest: deque[float] = deque(maxlen=self.WINDOW)
+        self.rounds = 0
+
+    def depths(self, rows: Sequence[Row | None]) -> list[int]:
+        depth = self.best()
+        self.rounds += 1
+        if self.rounds % self.PROBE == 0:
+            step = 1 if self.rounds % (2 * self.PROBE) or depth == 0 else -1
+            depth = min(depth + step, self.limit)
+        return useful(rows, [depth] * len(rows))
+
+    def best(self) -> int:
+        """The depth of the highest expected rate; 0 until a plain step has been timed."""
+        if 1 not in self.verify:
+            return 0
+        rates = [self.tokens(depth) / self.seconds(depth) for depth in range(self.limit + 1)]
+        return max(range(self.limit + 1), key=rates.__getitem__)
+
+    def tokens(self, depth: int) -> float:
+        expected, reach = 1.0, 1.0
+        for i in range(depth):
+            reach *= self.hits[i] / self.tries[i]
+            expected += reach
+        return expected
+
+    def seconds(self, depth: int) -> float:
+        verify = max(median(self.verify[size]) for size in self.verify if size <= depth + 1)
+        draft = median(self.draft) if self.draft else 0.0
+        return verify + depth * draft + median(self.rest)
+
+    def observe(self, outcome: Outcome) -> None:
+        deepest = max(outcome.drafted)
+        for i in range(min(deepest, self.limit)):
+            pairs = list(zip(outcome.drafted, outcome.accepted, strict=True))
+            self.tries[i] = self.tries[i] * self.MEMORY + sum(d > i and a >= i for d, a in pairs)
+            self.hits[i] = self.hits[i] * self.MEMORY + sum(d > i and a > i for d, a in pairs)
+        self.verify.setdefault(outcome.nodes, deque(maxlen=self.WINDOW)).append(outcome.verify_seconds)
+        self.rest.append(outcome.other_seconds)
+        if deepest:
+            self.draft.append(outcome.draft_seconds / deepest)
+
+    def admit(self, row: int) -> None:
+        pass

@@ -1,0 +1,296 @@
+"""The decode loop: a drafter proposes a tree, the target scores it, a rule walks it, the cache keeps the path.
+
+Plain decoding is the tree with one node. Rows join and leave: each row has its own request, length and pace.
+Shape suffixes: B rows, N nodes, D depth + 1, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from forerun.accept import Rule, Verdict, walk, walk_greedy
+from forerun.draft import Batch, Drafter, Outcome, Row
+from forerun.model import Target
+from forerun.sampling import Counts, Randomness, Warp, build_warp, exponentials, law, path_counts, penalize, race, uniforms
+from forerun.text import Detokenizer
+from forerun.tree import Tree
+from forerun.types import Delta, Finish, Phases, Request, Round, Sampling, UserError
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """One completion of a request, not yet admitted."""
+
+    request: Request
+    index: int
+
+
+@dataclass
+class Running(Row):
+    """A row at work."""
+
+    request: Request
+    index: int
+    text: Detokenizer
+    ends: frozenset[int]  # tokens that end the completion
+
+
+class Engine:
+    """A Backend around one target, one drafter and one rule, with `rows` rows of `capacity` slots.
+
+    Invariants (asserted every step with debug=True): len(row.tokens) == cache.lengths[row] + 1; an idle row has length 0;
+    capacity >= prompt + max_new + drafter.size.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        drafter: Drafter,
+        rule: Rule,
+        *,
+        rows: int = 1,
+        capacity: int = 1024,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        eos: frozenset[int] = frozenset(),
+        chunk: int = 512,
+        seed: int | None = None,
+        debug: bool = False,
+    ) -> None:
+        self.target, self.drafter, self.rule = target, drafter, rule
+        self.capacity, self.tokenizer, self.eos, self.chunk, self.debug = capacity, tokenizer, eos, chunk, debug
+        self.cache = target.new_cache(rows, capacity)
+        self.rows: list[Running | None] = [None] * rows
+        self.waiting: deque[Waiting] = deque()
+        self.cancelled: list[Delta] = []
+        self.seeds = random.Random(seed)  # for requests without a seed
+        self.warp = build_warp(self.rows_sampling(), target.vocabulary, target.device)
+        self.counts: Counts | None = None
+        self._phases = Phases()
+
+    # The Backend protocol.
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.waiting or self.cancelled or any(self.rows))
+
+    @property
+    def phases(self) -> Phases:
+        return self._phases
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        weights = {p.data_ptr(): p.nbytes for p in self.target.model.parameters()}
+        return {
+            "rule": self.rule.name,
+            "lossless": self.rule.lossless,
+            "drafter": type(self.drafter).__name__,
+            "policy": type(policy).__name__.lower() if (policy := getattr(self.drafter, "policy", None)) else None,
+            "rows": len(self.rows),
+            "capacity": self.capacity,
+            "weight_bytes": sum(weights.values()),
+            "kv_bytes": self.cache.nbytes or None,
+            "dtype": str(self.target.dtype).removeprefix("torch."),
+            "device": str(self.target.device),
+        }
+
+    def submit(self, request: Request) -> None:
+        sampling, prompt = request.sampling, request.prompt
+        if not prompt:
+            raise UserError(f"request {request.id}: the prompt is empty; give at least one token")
+        needed = len(prompt) + sampling.max_new + self.drafter.size
+        if needed > self.capacity:
+            raise UserError(
+                f"request {request.id}: {len(prompt)} prompt + {sampling.max_new} new + {self.drafter.size} tree tokens are "
+                f"{needed}, more than the capacity of {self.capacity}; raise engine.capacity, or shorten the prompt or max_new"
+            )
+        outside = [token for token in (*prompt, *sampling.logit_bias) if not 0 <= token < self.target.vocabulary]
+        if outside:
+            raise UserError(f"request {request.id}: token {outside[0]} is not in the vocabulary of {self.target.vocabulary}")
+        if any(waiting.request.id == request.id for waiting in self.waiting) or any(
+            row and row.request.id == request.id for row in self.rows
+        ):
+            raise UserError(f"request {request.id}: this id is in flight already")
+        self.waiting.extend(Waiting(request, index) for index in range(sampling.n))
+
+    def cancel(self, id: str) -> None:
+        self.cancelled += [Delta(id, w.index, (), "", "cancelled") for w in self.waiting if w.request.id == id]
+        self.waiting = deque(w for w in self.waiting if w.request.id != id)
+        for i, row in enumerate(self.rows):
+            if row and row.request.id == id:
+                self.cancelled.append(Delta(id, row.index, (), row.text.take(last=True), "cancelled"))
+                self._release(i)
+
+    @torch.inference_mode()
+    def step(self) -> list[Delta]:
+        deltas, self.cancelled = self.cancelled, []
+        began = time.perf_counter()
+        deltas += self._admit()
+        if not any(self.rows):
+            return deltas
+        batch = Batch(self.rows, self.warp, self.counts, self.target.device)
+        drafting = time.perf_counter()
+        tree = self.drafter.propose(batch)
+        verifying = time.perf_counter()
+        scores = self.target.verify(tree, self.cache)
+        self._wait()
+        judging = time.perf_counter()
+        verdict = self._judge(tree, scores.logits)
+        # The one copy to the host: accepted tokens, counts, drafted depths, and whether the scores are numbers.
+        taken_BD = torch.cat([tree.tokens_BN.gather(1, verdict.path_BD)[:, 1:], verdict.bonus_B[:, None]], 1)
+        drafted_B = torch.where(tree.valid_BN, tree.depths_BN(), 0).amax(1)
+        healthy_B = torch.isfinite(scores.logits.amax((1, 2))).long()
+        host = torch.cat([torch.stack([verdict.accepted_B, drafted_B, healthy_B], 1), taken_BD], 1).tolist()
+        judged = time.perf_counter()
+        accepted = [line[0] if row else 1 for row, line in zip(self.rows, host, strict=True)]
+        self.cache.commit(tree, verdict, accepted)
+        rounds: list[Round | None] = [None] * len(host)
+        for i, (count, drafted, healthy, *taken) in enumerate(host):
+            if (row := self.rows[i]) is None:
+                self.cache.release(i)
+                continue
+            if not healthy:
+                raise UserError(f"request {row.request.id}: the model's scores are not finite; try model.dtype=float32 or check the weights")
+            row.tokens += [*taken[: count - 1], taken[-1]]
+            rounds[i] = Round(drafted, count - 1, tree.size)
+        done = time.perf_counter()
+        outcome = Outcome(
+            [r.drafted if r else 0 for r in rounds], [r.accepted if r else 0 for r in rounds], tree.size,
+            verifying - drafting, judging - verifying, done - judging, verdict, scores.hidden,
+        )  # fmt: skip
+        self.drafter.observe(batch, outcome)
+        deltas += [self._emit(i, round.accepted + 1, round) for i, round in enumerate(rounds) if round]
+        self._count()
+        if self.debug:
+            self._check()
+        total = time.perf_counter() - began
+        spent = (verifying - drafting, judging - verifying, judged - judging)
+        old = self._phases
+        self._phases = Phases(
+            old.draft + spent[0], old.verify + spent[1], old.accept + spent[2], old.other + total - sum(spent)
+        )
+        return deltas
+
+    # Parts of a step.
+
+    def _admit(self) -> list[Delta]:
+        """Fill idle rows with waiting requests; prefill yields each one's first token."""
+        deltas = []
+        for i, row in enumerate(self.rows):
+            while row is None and self.waiting:
+                waiting = self.waiting.popleft()
+                deltas.append(self._start(i, waiting))
+                row = self.rows[i]
+        return deltas
+
+    def _start(self, i: int, waiting: Waiting) -> Delta:
+        request, sampling = waiting.request, waiting.request.sampling
+        scores = self.target.prefill(request.prompt, self.cache, i, self.chunk)
+        seed = self.seeds.getrandbits(62) if sampling.seed is None else sampling.seed + waiting.index
+        row = Running(
+            sampling=sampling,
+            tokens=list(request.prompt),
+            prompt_length=len(request.prompt),
+            randomness=Randomness(seed, self.target.device),
+            request=request,
+            index=waiting.index,
+            text=Detokenizer(self.tokenizer, sampling.stop),
+            ends=frozenset(sampling.stop_ids) | (frozenset() if sampling.ignore_eos else self.eos),
+        )
+        self.rows[i] = row
+        try:
+            row.tokens.append(self._first(row, scores.logits))
+            self.drafter.admit(i, request.prompt, scores.hidden)
+        except BaseException:
+            self._release(i)
+            raise
+        self._rewarp()
+        return self._emit(i, 1, None)
+
+    def _first(self, row: Running, logits_V: Tensor) -> int:
+        """Draw the token after the prompt, by the same law as any other."""
+        if not bool(torch.isfinite(logits_V.max())):
+            raise UserError(f"request {row.request.id}: the model's scores are not finite; try model.dtype=float32 or check the weights")
+        warp = build_warp([row.sampling], self.target.vocabulary, self.target.device)
+        logits_BNV = penalize(logits_V[None, None], warp, self._counts([row]) if row.sampling.penalized else None, None)
+        if row.sampling.greedy:
+            return int(logits_BNV.argmax())
+        probs_BV = law(logits_BNV, warp)[:, 0]
+        return int(race(probs_BV, exponentials([row.randomness.verify], probs_BV.shape[1], probs_BV.device)))
+
+    def _judge(self, tree: Tree, logits_BNV: Tensor) -> Verdict:
+        """Walk the tree; without drawing where every row is greedy, since all lossless rules agree there."""
+        path_BNV = path_counts(tree, logits_BNV.shape[2]) if self.warp.penalties_B3 is not None else None
+        if not self.warp.plain:
+            logits_BNV = penalize(logits_BNV, self.warp, self.counts, path_BNV)
+        if self.warp.all_greedy and self.rule.lossless:
+            return walk_greedy(tree, logits_BNV.argmax(-1))
+        streams = [row.randomness.verify if row and not row.sampling.greedy else None for row in self.rows]
+        uniforms_BN = uniforms(streams, tree.size, logits_BNV.device)
+        exponentials_BV = exponentials(streams, logits_BNV.shape[2], logits_BNV.device)
+        return walk(tree, self.rule.law(tree, law(logits_BNV, self.warp)), uniforms_BN, exponentials_BV)
+
+    def _emit(self, i: int, count: int, round: Round | None) -> Delta:
+        """What the last `count` tokens of a row mean outside: cut at the first end, decoded; a finished row is released."""
+        row = self.rows[i]
+        assert row is not None
+        new = row.tokens[-count:]
+        over = len(row.tokens) - row.prompt_length - row.sampling.max_new
+        kept, finish = (new[: count - over], "length") if over >= 0 else (new, None)
+        end = next((at for at, token in enumerate(kept) if token in row.ends), None)
+        if end is not None:
+            kept, finish = kept[: end + 1], "stop"
+        counted, stopped = row.text.push(kept)
+        if stopped:
+            kept, finish = kept[:counted], "stop"
+        reason: Finish | None = finish  # type: ignore[assignment]
+        delta = Delta(row.request.id, row.index, tuple(kept), row.text.take(last=reason is not None), reason, round)
+        if reason is not None:
+            self._release(i)
+        return delta
+
+    def _release(self, i: int) -> None:
+        self.rows[i] = None
+        self.cache.release(i)
+        self.drafter.release(i)
+        self._rewarp()
+
+    def rows_sampling(self) -> list[Sampling | None]:
+        return [row.sampling if row else None for row in self.rows]
+
+    def _rewarp(self) -> None:
+        """The batch changed: its sampling tensors follow."""
+        self.warp = build_warp(self.rows_sampling(), self.target.vocabulary, self.target.device)
+        self._count()
+
+    def _count(self) -> None:
+        self.counts = self._counts(self.rows) if self.warp.penalties_B3 is not None else None
+
+    def _counts(self, rows: list[Running] | list[Running | None]) -> Counts:
+        """Token counts of rows; recounted from the host's tokens, which are the truth."""
+        vocabulary, device = self.target.vocabulary, self.target.device
+        output_BV = torch.zeros(len(rows), vocabulary)
+        prompt_BV = torch.zeros(len(rows), vocabulary, dtype=torch.bool)
+        for i, row in enumerate(rows):
+            if row is not None:
+                output = torch.tensor(row.tokens[row.prompt_length :], dtype=torch.long)
+                output_BV[i] = torch.bincount(output, minlength=vocabulary).float()
+                prompt_BV[i, row.tokens[: row.prompt_length]] = True
+        return Counts(output_BV.to(device), prompt_BV.to(device))
+
+    def _wait(self) -> None:
+        """Phases are read off the host's clock: a GPU must have finished by then. The copy that follows waits anyway."""
+        if self.target.device.type == "cuda":
+            torch.cuda.synchronize(self.target.device)
+
+    def _check(self) -> None:
+        for i, row in enumerate(self.rows):
+            length = self.cache.lengths[i]
+            assert length == (len(row.tokens) - 1 if row else 0), f"row {i}: {length} slots for {row and len(row.tokens)} tokens"

@@ -1,0 +1,236 @@
+"""A transformers causal LM as the target of speculation: load it, fill its cache, score a tree in one pass.
+
+Shape suffixes: B rows, N nodes, T tokens, V vocabulary, H hidden size (of all wanted layers together), S slots.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import get_layer_types_and_kwargs
+
+from forerun.cache import KVCache
+from forerun.config import EMBEDDED, ModelConfig
+from forerun.tree import Tree
+from forerun.types import UserError
+
+ASSETS = Path(__file__).parent / "assets"
+SERVED_LAYERS = {"full_attention", "sliding_attention"}
+HALF = (torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What the target says after each position: logits, and the wanted layers' hidden states side by side."""
+
+    logits: Tensor  # [B, N, V]; prefill: [V], after the last token
+    hidden: Tensor | None  # [B, N, H]; prefill: [T, H]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+
+
+def load(config: ModelConfig, embedded: str = "target") -> Loaded:
+    """Load a model and its tokenizer; `embedded` says which of the shipped models the path `embedded` means."""
+    path = str(ASSETS / embedded) if config.path == EMBEDDED else config.path
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+    try:
+        settings = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model {path!r} cannot be read: {first_line(error)}; give a folder, a config.json or a hub id") from error
+    kwargs: dict[str, Any] = {"dtype": "auto" if config.dtype == "auto" else getattr(torch, config.dtype)}
+    kwargs["attn_implementation"] = verify_attention(settings, config.attention)
+    try:
+        if config.weights == "random":
+            if config.dtype == "auto":
+                kwargs["dtype"] = getattr(settings, "dtype", None) or torch.float32
+            torch.manual_seed(0)
+            with torch.device(device):
+                model = AutoModelForCausalLM.from_config(settings, **kwargs)
+        elif device in ("balanced", "sequential"):
+            model = AutoModelForCausalLM.from_pretrained(path, device_map=device, **kwargs)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(path, **kwargs).to(device)
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"model {path!r} cannot be loaded: {first_line(error)}") from error
+    except RuntimeError as error:
+        if isinstance(error, torch.cuda.OutOfMemoryError):
+            raise
+        raise UserError(f"model {path!r} cannot be put on {device!r}: {first_line(error)}") from error
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # a geometry without a tokenizer is fine: prompts are token ids then
+        logging.getLogger(__name__).info("no tokenizer at %s: %s", path, first_line(error))
+        tokenizer = None
+    return Loaded(model.eval().requires_grad_(False), tokenizer)
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def verify_attention(settings: Any, wanted: str) -> str:
+    """The attention implementation that takes our 4-D masks: SDPA, or eager where scores are soft-capped."""
+    text = settings.get_text_config(decoder=True)
+    if getattr(text, "attn_logit_softcapping", None) or wanted == "eager":
+        return "eager"
+    if wanted in ("auto", "sdpa", "flash_attention_2"):
+        return "sdpa"
+    raise UserError(f"model.attention={wanted}: give auto, sdpa, eager or flash_attention_2")
+
+
+class Target:
+    """The seam to transformers: we hand a model positions, a mask and a cache, nothing else."""
+
+    def __init__(
+        self, model: PreTrainedModel, features: Sequence[int] = (), compile: bool = False, attention: str = "auto"
+    ) -> None:
+        self.model = model
+        self.features = list(features)
+        text = model.config.get_text_config(decoder=True)
+        self.config = text
+        self.vocabulary: int = model.get_output_embeddings().weight.shape[0]
+        self.device = model.get_input_embeddings().weight.device
+        self.dtype = model.get_input_embeddings().weight.dtype
+        self.prefill_attention = attention if attention == "flash_attention_2" else None
+        layer_types, layer_kwargs = get_layer_types_and_kwargs(text)
+        refuse_unserved(model, layer_types)
+        self.mask_by_type = getattr(text, "layer_types", None) is not None
+        self.window: int | None = next((kw["sliding_window"] for kw in layer_kwargs if kw.get("sliding_window")), None)
+        self.layer_types = set(layer_types)
+        self.additive_mask = text._attn_implementation == "eager"
+
+    def new_cache(self, rows: int, capacity: int) -> KVCache:
+        return KVCache(self.model.config, rows, capacity)
+
+    def prefill(self, prompt: Sequence[int], cache: KVCache, row: int, chunk: int = 512) -> Scores:
+        """Fill a row with a prompt, chunk by chunk; transformers makes the causal mask [chunk, filled so far] itself."""
+        assert cache.lengths[row] == 0, "the row is in use"
+        ids_T = torch.tensor(prompt, device=self.device)
+        hidden: list[Tensor] = []
+        logits_V = None
+        for start in range(0, len(prompt), chunk):
+            part_T = ids_T[start : start + chunk]
+            cache.plan.row, cache.plan.start = row, start
+            if self.prefill_attention:
+                self.model.set_attn_implementation(self.prefill_attention)
+            try:
+                out = self.model(
+                    input_ids=part_T[None],
+                    position_ids=torch.arange(start, start + len(part_T), device=self.device)[None],
+                    past_key_values=cache,
+                    logits_to_keep=1,
+                    **self._wanted(),
+                )
+            finally:
+                cache.plan.row, cache.plan.start = None, 0
+                if self.prefill_attention:
+                    self.model.set_attn_implementation("sdpa")
+            logits_V = out.logits[0, -1]
+            if (states := self._hidden(out)) is not None:
+                hidden.append(states[0])
+        assert logits_V is not None, "the prompt is empty"
+        cache.lengths[row] = len(prompt)
+        return Scores(logits_V.to(self.device), torch.cat(hidden) if hidden else None)
+
+    def verify(self, tree: Tree, cache: KVCache) -> Scores:
+        """Score every node of the tree in one pass; its keys and values land right after each row's committed tokens."""
+        slots_BN, read = cache.place(tree.size, self.device)
+        if tree.is_chain:
+            positions_BN = slots_BN
+            reached_S = torch.arange(read, device=self.device)
+            full_BNS = reached_S <= positions_BN[:, :, None]
+        else:
+            ancestors_BNN = tree.ancestors_BNN()
+            positions_BN = slots_BN[:, :1] + ancestors_BNN.sum(-1) - 1
+            full_BNS = tree_mask(slots_BN[:, 0], ancestors_BNN, read)
+        logits, hidden = self._forward(cache, read, tree.tokens_BN, positions_BN, slots_BN, *self._masks(full_BNS, positions_BN, slots_BN))
+        return Scores(logits, hidden)
+
+    def _masks(self, full_BNS: Tensor, positions_BN: Tensor, slots_BN: Tensor) -> list[Tensor]:
+        """The masks that this model's layers want: full attention, sliding window, or both (in this order)."""
+        masks = [full_BNS] if "full_attention" in self.layer_types else []
+        if "sliding_attention" in self.layer_types:
+            assert self.window is not None
+            # A committed slot is its own position; a node's slot stands at the node's depth.
+            places_BS = torch.arange(full_BNS.shape[2], device=self.device).expand(len(slots_BN), -1)
+            places_BS = places_BS.scatter(1, slots_BN, positions_BN)
+            near_BNS = positions_BN[:, :, None] - places_BS[:, None, :] < self.window
+            masks.append(full_BNS & near_BNS)
+        masks_B1NS = [mask[:, None] for mask in masks]
+        if not self.additive_mask:
+            return masks_B1NS
+        lowest = torch.finfo(self.dtype).min
+        return [torch.zeros(m.shape, dtype=self.dtype, device=m.device).masked_fill_(~m, lowest) for m in masks_B1NS]
+
+    def _forward(
+        self, cache: KVCache, read: int, tokens_BN: Tensor, positions_BN: Tensor, slots_BN: Tensor, *masks: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """One pass of the model over static shapes: what a graph captures."""
+        cache.plan.slots_BN, cache.plan.read = slots_BN, read
+        names = [name for name in ("full_attention", "sliding_attention") if name in self.layer_types]
+        mask: Any = dict(zip(names, masks, strict=True)) if self.mask_by_type else masks[0]
+        out = self.model(
+            input_ids=tokens_BN, position_ids=positions_BN, attention_mask=mask, past_key_values=cache, **self._wanted()
+        )
+        return out.logits, self._hidden(out)
+
+    def _wanted(self) -> dict[str, Any]:
+        return {"use_cache": True} | ({"output_hidden_states": self.features} if self.features else {})
+
+    def _hidden(self, out: Any) -> Tensor | None:
+        if not self.features:
+            return None
+        return torch.cat([states.to(self.device) for states in out.hidden_states if states is not None], -1)
+
+
+def tree_mask(lengths_B: Tensor, ancestors_BNN: Tensor, read: int) -> Tensor:
+    """[B, N, S]: each node sees the committed slots and its own ancestors' slots."""
+    rows, size, _ = ancestors_BNN.shape
+    node_BS = torch.arange(read, device=lengths_B.device) - lengths_B[:, None]
+    own_BNS = ancestors_BNN.gather(2, node_BS.clamp(0, size - 1)[:, None].expand(rows, size, read))
+    return (node_BS < 0)[:, None] | (own_BNS & (node_BS < size)[:, None])
+
+
+def refuse_unserved(model: PreTrainedModel, layer_types: Sequence[str]) -> None:
+    """One sentence for a model that the cache and masks cannot serve."""
+    name = type(model).__name__
+    other = sorted(set(layer_types) - SERVED_LAYERS)
+    if other:
+        raise UserError(f"{name}: layers of type {', '.join(other)} cannot be served; only full and sliding-window attention can")
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise UserError(f"{name} is an encoder-decoder; only decoder-only causal LMs can be served")
+    if getattr(model.config.get_text_config(decoder=True), "kv_lora_rank", None):
+        raise UserError(f"{name} uses multi-head latent attention, which the cache cannot serve yet")
+
+
+@torch.inference_mode()
+def probe(target: Target) -> None:
+    """Refuse a model whose scores through our cache and masks differ from its own plain forward pass."""
+    ids = [(7 * i + 3) % target.vocabulary for i in range(8)]
+    name = type(target.model).__name__
+    try:
+        plain_TV = target.model(input_ids=torch.tensor([ids], device=target.device), use_cache=False).logits[0].double()
+        cache = target.new_cache(1, 16)
+        first_V = target.prefill(ids[:5], cache, 0, chunk=3).logits.double()
+        # Node 1 is a decoy beside the true continuation 2 -> 3.
+        tokens_BN = torch.tensor([[ids[5], ids[0], ids[6], ids[7]]], device=target.device)
+        parents_BN = torch.tensor([[0, 0, 0, 2]], device=target.device)
+        tree_NV = target.verify(Tree(tokens_BN, parents_BN, 2), cache).logits[0].double()
+    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
+        raise UserError(f"{name} cannot be served: it does not take our cache and masks ({first_line(error)})") from error
+    ours_TV = torch.stack([first_V, tree_NV[0], tree_NV[2], tree_NV[3]])
+    error = float((ours_TV - plain_TV[4:8]).norm() / plain_TV[4:8].norm())
+    limit = 0.1 if target.dtype in HALF else 1e-3
+    if not error < limit:
+        raise UserError(f"{name} cannot be served: its scores through our cache and masks are off by {error:.1%} of its own")
