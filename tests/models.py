@@ -65,7 +65,9 @@ BUILDERS = {
 
 
 @functools.cache
-def tiny(name: str, seed: int = 0, scale: float = 2.5, dtype: torch.dtype = torch.float64, **overrides: object) -> PreTrainedModel:
+def tiny(
+    name: str, seed: int = 0, scale: float = 2.5, dtype: torch.dtype = torch.float64, **overrides: object
+) -> PreTrainedModel:
     """A model whose logits are far from flat (weights scaled up), so that greedy choices mean something."""
     torch.manual_seed(seed)
     extra = {"attn_implementation": "eager"} if name == "gemma2" else {}

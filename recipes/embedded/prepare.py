@@ -60,7 +60,9 @@ def main() -> None:
         print("already prepared")
         return
     tokenizer = train_tokenizer(arguments.data)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, bos_token=END, pad_token=END, model_max_length=1024)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=END, bos_token=END, pad_token=END, model_max_length=1024
+    )
     fast.save_pretrained(arguments.out / "tokenizer")
     for name, (file, size, _) in SOURCES.items():
         ids = encode(tokenizer, documents(arguments.data / file, size))

@@ -1,7 +1,8 @@
 """Train the embedded target and distil its drafts in the same pass: python train.py --data DIR --out DIR --tokens N.
 
 Every micro-batch trains the target on the text and each draft on the target's distribution, so that the teacher's forward
-pass is paid once. Learning rate: warm-up, constant, then linear decay over the last part (so a longer run resumes an earlier one).
+pass is paid once. Learning rate: warm-up, constant, then linear decay over the last part, so that a longer run can resume
+an earlier one.
 """
 
 import argparse
@@ -27,6 +28,7 @@ SHAPES = {  # layers, hidden, intermediate, heads, key-value heads
 BATCH, MICRO = 8192, 2048  # tokens an optimizer step, tokens a forward pass
 SHORT, LONG = 256, 1024  # window lengths: short ones until the decay begins
 DECAY, WARM = 0.3, 25  # share of the tokens, steps
+COPIES, PERIODS = 0.15, (24, 128)  # share of windows that repeat their own start, and the shortest and longest start repeated
 RATE = {"muon": 6e-3, "adam": 3e-3}
 
 
@@ -63,7 +65,10 @@ def windows(arrays: dict[str, np.ndarray], step: int, length: int, device: str) 
     rows = []
     for name in random.choice(names, size=BATCH // length, p=shares):
         start = random.integers(0, len(arrays[name]) - length - 1)
-        rows.append(arrays[name][start : start + length + 1].astype(np.int64))
+        row = arrays[name][start : start + length + 1].astype(np.int64)
+        if random.random() < COPIES:  # a short run sees too little natural repetition to learn to copy
+            row = np.resize(row[: random.integers(*PERIODS)], length + 1)
+        rows.append(row)
     return torch.from_numpy(np.stack(rows)).to(device)
 
 
@@ -102,7 +107,9 @@ def evaluate(students: dict[str, Student], held_out: np.ndarray, held_out_bytes:
 
 
 def save(out: Path, students: dict[str, Student], done: int, report: dict[str, float]) -> None:
-    state = {n: {"model": s.model.state_dict(), "optimizers": [o.state_dict() for o in s.optimizers]} for n, s in students.items()}
+    state = {
+        n: {"model": s.model.state_dict(), "optimizers": [o.state_dict() for o in s.optimizers]} for n, s in students.items()
+    }
     torch.save({"done": done, "students": state}, out / "state.tmp")
     (out / "state.tmp").rename(out / "state.pt")
     tokenizer = AutoTokenizer.from_pretrained(out / "tokenizer")
@@ -133,6 +140,8 @@ def main() -> None:
         state = torch.load(out / "state.pt", map_location=device)
         done = state["done"]
         for name, student in students.items():
+            if name not in state["students"]:
+                continue  # a draft that joins a run
             student.model.load_state_dict(state["students"][name]["model"])
             for optimizer, saved in zip(student.optimizers, state["students"][name]["optimizers"], strict=True):
                 optimizer.load_state_dict(saved)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from forerun.accept import choose
 from forerun.backends.reference import Reference
-from forerun.config import DraftModelConfig, DrafterConfig, ModelConfig, NGramConfig, Variant
+from forerun.config import DrafterConfig, DraftModelConfig, ModelConfig, NGramConfig, Variant
 from forerun.draft import Drafter, DraftModel, NGram, NoDraft, build_policy
 from forerun.engine import Engine
 from forerun.model import Loaded, Target, load, probe

@@ -1,6 +1,7 @@
 """A key-value cache with one length per row, for any transformers attention layer.
 
-Shape suffixes: B rows, N nodes, D depth + 1, K key-value heads, S slots, H head size. Slots past a row's length hold rubbish by right.
+Shape suffixes: B rows, N nodes, D depth + 1, K key-value heads, S slots, H head size.
+Slots past a row's length hold rubbish by right.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class SlotLayer(CacheLayerMixin):
     supports_early_init = False
 
     def __init__(self, plan: Plan) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.plan = plan
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -88,8 +89,8 @@ class KVCache(Cache):
     def __init__(self, config: PreTrainedConfig, rows: int, capacity: int) -> None:
         self.lengths = [0] * rows
         self.plan = Plan(rows, capacity)
-        layers = config.get_text_config(decoder=True).num_hidden_layers
-        super().__init__(layers=[SlotLayer(self.plan) for _ in range(layers)])
+        self.slot_layers = [SlotLayer(self.plan) for _ in range(config.get_text_config(decoder=True).num_hidden_layers)]
+        super().__init__(layers=list(self.slot_layers))
 
     @property
     def capacity(self) -> int:
@@ -98,7 +99,7 @@ class KVCache(Cache):
     @property
     def nbytes(self) -> int:
         """Bytes of the allocated keys and values."""
-        tensors = [tensor for layer in self.layers for tensor in (layer.keys, layer.values) if tensor is not None]
+        tensors = [tensor for layer in self.slot_layers for tensor in (layer.keys, layer.values) if tensor is not None]
         return sum(tensor.nbytes for tensor in tensors)
 
     def place(self, nodes: int, device: torch.device) -> tuple[Tensor, int]:
@@ -116,7 +117,7 @@ class KVCache(Cache):
             lengths_B = torch.tensor(self.lengths, device=verdict.path_BD.device)
             source_BD = lengths_B[:, None] + verdict.path_BD
             goal_BD = lengths_B[:, None] + torch.arange(verdict.path_BD.shape[1], device=source_BD.device)
-            for layer in self.layers:
+            for layer in self.slot_layers:
                 for states in (layer.keys, layer.values):
                     assert states is not None
                     shape = (-1, states.shape[1], -1, states.shape[3])

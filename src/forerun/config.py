@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import itertools
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from omegaconf import OmegaConf
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -60,7 +60,7 @@ class DraftModelConfig(Policy):
     recipes: tuple[dict[str, Any], ...] = ()
 
 
-DrafterConfig = Annotated[Union[NoDraftConfig, NGramConfig, DraftModelConfig], Field(discriminator="kind")]
+DrafterConfig = Annotated[NoDraftConfig | NGramConfig | DraftModelConfig, Field(discriminator="kind")]
 METHODS = {"naive": "none", "none": "none", "ngram": "ngram", "draft": "model", "model": "model"}
 """Names that `--method` takes, and the drafter kind of each."""
 
@@ -197,9 +197,10 @@ def nest(flat: dict[str, Any]) -> dict[str, Any]:
     """{"a.b": 1} -> {"a": {"b": 1}}."""
     tree: dict[str, Any] = {}
     for key, value in flat.items():
+        branch: Any = value
         for part in reversed(str(key).split(".")):
-            value = {part: value}
-        tree = merge(tree, value)
+            branch = {part: branch}
+        tree = merge(tree, branch)
     return tree
 
 
@@ -280,3 +281,8 @@ def flatten(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [k for argument in get_args(annotation) for k in flatten(argument)]
+
+
+def save(experiment: Experiment, path: Path) -> None:
+    """Write the resolved experiment as YAML that `load` reads back."""
+    OmegaConf.save(OmegaConf.create(experiment.model_dump(mode="json")), path)

@@ -19,10 +19,10 @@ from transformers import PreTrainedTokenizerBase
 from forerun.accept import Rule, Verdict, walk, walk_greedy
 from forerun.draft import Batch, Drafter, Outcome, Row
 from forerun.model import Target
-from forerun.sampling import Counts, Randomness, Warp, build_warp, exponentials, law, path_counts, penalize, race, uniforms
+from forerun.sampling import Counts, Randomness, build_warp, exponentials, law, path_counts, penalize, race, uniforms
 from forerun.text import Detokenizer
 from forerun.tree import Tree
-from forerun.types import Delta, Finish, Phases, Request, Round, Sampling, UserError
+from forerun.types import Delta, Finish, Phases, Request, Round, UserError
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,8 @@ class Engine:
         self.waiting: deque[Waiting] = deque()
         self.cancelled: list[Delta] = []
         self.seeds = random.Random(seed)  # for requests without a seed
-        self.warp = build_warp(self.rows_sampling(), target.vocabulary, target.device)
-        self.counts: Counts | None = None
+        self.warp = build_warp([None] * rows, target.vocabulary, target.device)
+        self.warp_is_stale = False  # a row joined or left since the warp was built
         self._phases = Phases()
 
     # The Backend protocol.
@@ -135,14 +135,18 @@ class Engine:
         deltas += self._admit()
         if not any(self.rows):
             return deltas
-        batch = Batch(self.rows, self.warp, self.counts, self.target.device)
+        if self.warp_is_stale:
+            samplings = [row.sampling if row else None for row in self.rows]
+            self.warp, self.warp_is_stale = build_warp(samplings, self.target.vocabulary, self.target.device), False
+        counts = self._counts(self.rows) if self.warp.penalties_B3 is not None else None
+        batch = Batch(self.rows, self.warp, counts, self.target.device)
         drafting = time.perf_counter()
         tree = self.drafter.propose(batch)
         verifying = time.perf_counter()
         scores = self.target.verify(tree, self.cache)
         self._wait()
         judging = time.perf_counter()
-        verdict = self._judge(tree, scores.logits)
+        verdict = self._judge(tree, scores.logits, counts)
         # The one copy to the host: accepted tokens, counts, drafted depths, and whether the scores are numbers.
         taken_BD = torch.cat([tree.tokens_BN.gather(1, verdict.path_BD)[:, 1:], verdict.bonus_B[:, None]], 1)
         drafted_B = torch.where(tree.valid_BN, tree.depths_BN(), 0).amax(1)
@@ -157,7 +161,7 @@ class Engine:
                 self.cache.release(i)
                 continue
             if not healthy:
-                raise UserError(f"request {row.request.id}: the model's scores are not finite; try model.dtype=float32 or check the weights")
+                raise not_finite(row)
             row.tokens += [*taken[: count - 1], taken[-1]]
             rounds[i] = Round(drafted, count - 1, tree.size)
         done = time.perf_counter()
@@ -167,7 +171,6 @@ class Engine:
         )  # fmt: skip
         self.drafter.observe(batch, outcome)
         deltas += [self._emit(i, round.accepted + 1, round) for i, round in enumerate(rounds) if round]
-        self._count()
         if self.debug:
             self._check()
         total = time.perf_counter() - began
@@ -211,13 +214,13 @@ class Engine:
         except BaseException:
             self._release(i)
             raise
-        self._rewarp()
+        self.warp_is_stale = True
         return self._emit(i, 1, None)
 
     def _first(self, row: Running, logits_V: Tensor) -> int:
         """Draw the token after the prompt, by the same law as any other."""
         if not bool(torch.isfinite(logits_V.max())):
-            raise UserError(f"request {row.request.id}: the model's scores are not finite; try model.dtype=float32 or check the weights")
+            raise not_finite(row)
         warp = build_warp([row.sampling], self.target.vocabulary, self.target.device)
         logits_BNV = penalize(logits_V[None, None], warp, self._counts([row]) if row.sampling.penalized else None, None)
         if row.sampling.greedy:
@@ -225,15 +228,16 @@ class Engine:
         probs_BV = law(logits_BNV, warp)[:, 0]
         return int(race(probs_BV, exponentials([row.randomness.verify], probs_BV.shape[1], probs_BV.device)))
 
-    def _judge(self, tree: Tree, logits_BNV: Tensor) -> Verdict:
+    def _judge(self, tree: Tree, logits_BNV: Tensor, counts: Counts | None) -> Verdict:
         """Walk the tree; without drawing where every row is greedy, since all lossless rules agree there."""
         path_BNV = path_counts(tree, logits_BNV.shape[2]) if self.warp.penalties_B3 is not None else None
         if not self.warp.plain:
-            logits_BNV = penalize(logits_BNV, self.warp, self.counts, path_BNV)
+            logits_BNV = penalize(logits_BNV, self.warp, counts, path_BNV)
         if self.warp.all_greedy and self.rule.lossless:
             return walk_greedy(tree, logits_BNV.argmax(-1))
         streams = [row.randomness.verify if row and not row.sampling.greedy else None for row in self.rows]
-        uniforms_BN = uniforms(streams, tree.size, logits_BNV.device)
+        # As many numbers every round, whatever the neighbours draft: a row's stream must not depend on its batch.
+        uniforms_BN = uniforms(streams, self.drafter.size, logits_BNV.device)[:, : tree.size]
         exponentials_BV = exponentials(streams, logits_BNV.shape[2], logits_BNV.device)
         return walk(tree, self.rule.law(tree, law(logits_BNV, self.warp)), uniforms_BN, exponentials_BV)
 
@@ -260,18 +264,7 @@ class Engine:
         self.rows[i] = None
         self.cache.release(i)
         self.drafter.release(i)
-        self._rewarp()
-
-    def rows_sampling(self) -> list[Sampling | None]:
-        return [row.sampling if row else None for row in self.rows]
-
-    def _rewarp(self) -> None:
-        """The batch changed: its sampling tensors follow."""
-        self.warp = build_warp(self.rows_sampling(), self.target.vocabulary, self.target.device)
-        self._count()
-
-    def _count(self) -> None:
-        self.counts = self._counts(self.rows) if self.warp.penalties_B3 is not None else None
+        self.warp_is_stale = True
 
     def _counts(self, rows: list[Running] | list[Running | None]) -> Counts:
         """Token counts of rows; recounted from the host's tokens, which are the truth."""
@@ -293,4 +286,9 @@ class Engine:
     def _check(self) -> None:
         for i, row in enumerate(self.rows):
             length = self.cache.lengths[i]
-            assert length == (len(row.tokens) - 1 if row else 0), f"row {i}: {length} slots for {row and len(row.tokens)} tokens"
+            committed = len(row.tokens) - 1 if row else 0
+            assert length == committed, f"row {i}: {length} slots for {committed} committed tokens"
+
+
+def not_finite(row: Running) -> UserError:
+    return UserError(f"request {row.request.id}: the scores are not finite; try model.dtype=float32 or check the weights")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from transformers.cache_utils import get_layer_types_and_kwargs
 
 from forerun.cache import KVCache
 from forerun.config import EMBEDDED, ModelConfig
+from forerun.graph import Graph, Mode
 from forerun.tree import Tree
 from forerun.types import UserError
 
@@ -47,7 +49,7 @@ def load(config: ModelConfig, embedded: str = "target") -> Loaded:
     try:
         settings = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise UserError(f"model {path!r} cannot be read: {first_line(error)}; give a folder, a config.json or a hub id") from error
+        raise UserError(f"model {path!r} cannot be read: {first_line(error)}; give a folder or a hub id") from error
     kwargs: dict[str, Any] = {"dtype": "auto" if config.dtype == "auto" else getattr(torch, config.dtype)}
     kwargs["attn_implementation"] = verify_attention(settings, config.attention)
     try:
@@ -56,11 +58,12 @@ def load(config: ModelConfig, embedded: str = "target") -> Loaded:
                 kwargs["dtype"] = getattr(settings, "dtype", None) or torch.float32
             torch.manual_seed(0)
             with torch.device(device):
-                model = AutoModelForCausalLM.from_config(settings, **kwargs)
+                model: PreTrainedModel = AutoModelForCausalLM.from_config(settings, **kwargs)
         elif device in ("balanced", "sequential"):
             model = AutoModelForCausalLM.from_pretrained(path, device_map=device, **kwargs)
         else:
-            model = AutoModelForCausalLM.from_pretrained(path, **kwargs).to(device)
+            model = AutoModelForCausalLM.from_pretrained(path, **kwargs)
+            model.to(torch.device(device))  # type: ignore[arg-type]
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"model {path!r} cannot be loaded: {first_line(error)}") from error
     except RuntimeError as error:
@@ -69,7 +72,7 @@ def load(config: ModelConfig, embedded: str = "target") -> Loaded:
         raise UserError(f"model {path!r} cannot be put on {device!r}: {first_line(error)}") from error
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
-    except Exception as error:  # a geometry without a tokenizer is fine: prompts are token ids then
+    except Exception as error:  # noqa: BLE001 a geometry without a tokenizer is fine: prompts are token ids then
         logging.getLogger(__name__).info("no tokenizer at %s: %s", path, first_line(error))
         tokenizer = None
     return Loaded(model.eval().requires_grad_(False), tokenizer)
@@ -93,15 +96,17 @@ class Target:
     """The seam to transformers: we hand a model positions, a mask and a cache, nothing else."""
 
     def __init__(
-        self, model: PreTrainedModel, features: Sequence[int] = (), compile: bool = False, attention: str = "auto"
+        self, model: PreTrainedModel, features: Sequence[int] = (), compile: Mode = "auto", attention: str = "auto"
     ) -> None:
         self.model = model
         self.features = list(features)
         text = model.config.get_text_config(decoder=True)
         self.config = text
-        self.vocabulary: int = model.get_output_embeddings().weight.shape[0]
-        self.device = model.get_input_embeddings().weight.device
-        self.dtype = model.get_input_embeddings().weight.dtype
+        self.vocabulary: int = model.get_output_embeddings().out_features
+        embedding = model.get_input_embeddings().weight
+        assert isinstance(embedding, Tensor)
+        self.device: torch.device = embedding.device
+        self.dtype: torch.dtype = embedding.dtype
         self.prefill_attention = attention if attention == "flash_attention_2" else None
         layer_types, layer_kwargs = get_layer_types_and_kwargs(text)
         refuse_unserved(model, layer_types)
@@ -109,9 +114,13 @@ class Target:
         self.window: int | None = next((kw["sliding_window"] for kw in layer_kwargs if kw.get("sliding_window")), None)
         self.layer_types = set(layer_types)
         self.additive_mask = text._attn_implementation == "eager"
+        self.mode = compile
+        self.graphs: dict[KVCache, Graph[tuple[Tensor, Tensor | None]]] = {}  # a graph writes into one cache
 
     def new_cache(self, rows: int, capacity: int) -> KVCache:
-        return KVCache(self.model.config, rows, capacity)
+        cache = KVCache(self.model.config, rows, capacity)
+        self.graphs[cache] = Graph(partial(self._forward, cache), self.mode)
+        return cache
 
     def prefill(self, prompt: Sequence[int], cache: KVCache, row: int, chunk: int = 512) -> Scores:
         """Fill a row with a prompt, chunk by chunk; transformers makes the causal mask [chunk, filled so far] itself."""
@@ -154,7 +163,8 @@ class Target:
             ancestors_BNN = tree.ancestors_BNN()
             positions_BN = slots_BN[:, :1] + ancestors_BNN.sum(-1) - 1
             full_BNS = tree_mask(slots_BN[:, 0], ancestors_BNN, read)
-        logits, hidden = self._forward(cache, read, tree.tokens_BN, positions_BN, slots_BN, *self._masks(full_BNS, positions_BN, slots_BN))
+        masks = self._masks(full_BNS, positions_BN, slots_BN)
+        logits, hidden = self.graphs[cache](tree.tokens_BN, positions_BN, slots_BN, *masks)
         return Scores(logits, hidden)
 
     def _masks(self, full_BNS: Tensor, positions_BN: Tensor, slots_BN: Tensor) -> list[Tensor]:
@@ -174,10 +184,10 @@ class Target:
         return [torch.zeros(m.shape, dtype=self.dtype, device=m.device).masked_fill_(~m, lowest) for m in masks_B1NS]
 
     def _forward(
-        self, cache: KVCache, read: int, tokens_BN: Tensor, positions_BN: Tensor, slots_BN: Tensor, *masks: Tensor
+        self, cache: KVCache, tokens_BN: Tensor, positions_BN: Tensor, slots_BN: Tensor, *masks: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         """One pass of the model over static shapes: what a graph captures."""
-        cache.plan.slots_BN, cache.plan.read = slots_BN, read
+        cache.plan.slots_BN, cache.plan.read = slots_BN, masks[0].shape[-1]
         names = [name for name in ("full_attention", "sliding_attention") if name in self.layer_types]
         mask: Any = dict(zip(names, masks, strict=True)) if self.mask_by_type else masks[0]
         out = self.model(
@@ -207,7 +217,7 @@ def refuse_unserved(model: PreTrainedModel, layer_types: Sequence[str]) -> None:
     name = type(model).__name__
     other = sorted(set(layer_types) - SERVED_LAYERS)
     if other:
-        raise UserError(f"{name}: layers of type {', '.join(other)} cannot be served; only full and sliding-window attention can")
+        raise UserError(f"{name}: layers of type {', '.join(other)} cannot be served; full and sliding-window ones can")
     if getattr(model.config, "is_encoder_decoder", False):
         raise UserError(f"{name} is an encoder-decoder; only decoder-only causal LMs can be served")
     if getattr(model.config.get_text_config(decoder=True), "kv_lora_rank", None):
@@ -230,7 +240,7 @@ def probe(target: Target) -> None:
     except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
         raise UserError(f"{name} cannot be served: it does not take our cache and masks ({first_line(error)})") from error
     ours_TV = torch.stack([first_V, tree_NV[0], tree_NV[2], tree_NV[3]])
-    error = float((ours_TV - plain_TV[4:8]).norm() / plain_TV[4:8].norm())
+    off = float((ours_TV - plain_TV[4:8]).norm() / plain_TV[4:8].norm())
     limit = 0.1 if target.dtype in HALF else 1e-3
-    if not error < limit:
-        raise UserError(f"{name} cannot be served: its scores through our cache and masks are off by {error:.1%} of its own")
+    if not off < limit:
+        raise UserError(f"{name} cannot be served: its scores through our cache and masks are off by {off:.1%} of its own")

@@ -74,7 +74,7 @@ def chain_parents(lengths: list[int], depth: int, device: torch.device) -> Tenso
 
 
 def static(choices: list[tuple[int, ...]]) -> tuple[list[int], list[tuple[int, int]]]:
-    """Parents, and (depth, rank) picks, of a static tree in Medusa's notation: (0,), (0, 1) is the second choice below the first.
+    """Parents, and (depth, rank) picks, of a static tree in Medusa's notation: (0, 1) is the second choice below the first.
 
     Returns the parent of every node (node 0 included) and for nodes 1.. which head (depth - 1) and which of its top
     tokens the node takes. A choice whose prefix is missing is a ValueError.

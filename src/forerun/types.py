@@ -106,12 +106,13 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class Phases:
-    """Seconds spent so far in each part of the steps, on the host's clock."""
+    """Seconds spent so far in each part of the steps, on the host's clock; prefill is no part of a round."""
 
     draft: float = 0.0
     verify: float = 0.0
     accept: float = 0.0
     other: float = 0.0
+    prefill: float = 0.0
 
 
 class Backend(Protocol):

@@ -18,6 +18,8 @@ class Standard:
     admits_trees = False
 
     def law(self, tree: Tree, p_BNV: Tensor) -> Law:
+        if tree.size == 1:  # nothing was drafted
+            return Law(torch.ones_like(p_BNV[..., 0]), lambda end_B: at_node(p_BNV, end_B))
         assert tree.is_chain and tree.probs_BNV is not None, "standard needs a drawn chain"
         q_BNV = tree.probs_BNV.to(p_BNV.dtype)
         p_x_BN = p_BNV[:, :-1].gather(2, tree.tokens_BN[:, 1:, None])[..., 0]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from forerun.draft.policy import LengthPolicy
-from forerun.draft.protocol import Batch, Outcome
+from forerun.draft.protocol import Batch, Outcome, Row
 from forerun.model import Target
 from forerun.sampling import exponentials, law, path_counts, penalize, race
 from forerun.tree import Tree, chain, chain_parents
@@ -47,34 +47,25 @@ class DraftModel:
         pending_B = batch.pending_B
         wants_probs = self.drawn and not batch.warp.all_greedy
         logits_BV = self._first_pass(batch)
-        tokens, probs, stopped = [pending_B], [], torch.zeros(len(depths), dtype=torch.bool, device=pending_B.device)
-        lengths = torch.tensor(depths, device=pending_B.device)
+        tokens, probs = [pending_B], []
         for i in range(1, depth + 1):
-            token_B, probs_BV = self._draw(logits_BV, batch, tokens, wants_probs)
+            drawing = [row if own >= i else None for row, own in zip(batch.rows, depths, strict=True)]
+            token_B, probs_BV = self._draw(logits_BV, batch, drawing, tokens, wants_probs)
             tokens.append(token_B)
             if wants_probs:
                 probs.append(probs_BV)
             if self.confidence > 0:
-                sure_B = probs_BV.gather(1, token_B[:, None])[:, 0] >= self.confidence
-                lengths = torch.where(sure_B | stopped, lengths, lengths.clamp_max(i))
-                stopped = stopped | ~sure_B
-                if i < depth and bool((stopped | (lengths <= i)).all()):
-                    depth = i
-                    break
-            if i < depth:
-                node = Tree(token_B[:, None], chain_parents([0] * len(depths), 0, token_B.device), 0, None, True)
-                logits_BV = self.target.verify(node, self.cache).logits[:, -1]
-                self.cache.lengths = [length + 1 for length in self.cache.lengths]
+                sure = (probs_BV.gather(1, token_B[:, None])[:, 0] >= self.confidence).tolist()
+                depths = [own if fine else min(own, i) for own, fine in zip(depths, sure, strict=True)]
+            if max(depths) <= i:
+                break
+            node = Tree(token_B[:, None], chain_parents([0] * len(depths), 0, token_B.device), 0, None, True)
+            logits_BV = self.target.verify(node, self.cache).logits[:, -1]
+            self.cache.lengths = [length + 1 for length in self.cache.lengths]
+        depth = len(tokens) - 1
         self.cache.lengths = [length - (depth - 1) for length in self.cache.lengths]
-        parents_BN = self._parents(lengths.clamp_max(depth), depths, depth)
         probs_BNV = torch.stack([torch.zeros_like(probs[0]), *probs], 1) if wants_probs else None
-        return Tree(torch.stack(tokens, 1), parents_BN, depth, probs_BNV, True)
-
-    def _parents(self, lengths_B: Tensor, depths: list[int], depth: int) -> Tensor:
-        if self.confidence == 0:
-            return chain_parents([min(own, depth) for own in depths], depth, lengths_B.device)
-        node_N = torch.arange(depth + 1, device=lengths_B.device)
-        return torch.where(node_N <= lengths_B[:, None], (node_N - 1).clamp_min(0), -1)
+        return Tree(torch.stack(tokens, 1), chain_parents(depths, depth, pending_B.device), depth, probs_BNV, True)
 
     def _first_pass(self, batch: Batch) -> Tensor:
         """Feed what the cache lacks, up to and with the pending token; returns logits after it, [B, V]."""
@@ -89,19 +80,25 @@ class DraftModel:
         last_B = torch.tensor([len(part) - 1 for part in lacking], device=device)
         return logits_BWV.gather(1, last_B[:, None, None].expand(-1, 1, logits_BWV.shape[2]))[:, 0]
 
-    def _draw(self, logits_BV: Tensor, batch: Batch, tokens: list[Tensor], wants_probs: bool) -> tuple[Tensor, Tensor]:
-        """The next token of every row, and the law that it is drawn from (only where someone needs it)."""
+    def _draw(
+        self, logits_BV: Tensor, batch: Batch, drawing: Sequence[Row | None], tokens: list[Tensor], wants_probs: bool
+    ) -> tuple[Tensor, Tensor]:
+        """The next token of every row, and the law that it is drawn from (only where someone needs it).
+
+        Only the rows of `drawing` use up random numbers, so that a row's stream does not depend on its neighbours' depths.
+        """
         warp, path_BNV = batch.warp, None
         if warp.penalties_B3 is not None and len(tokens) > 1:
             drafted = torch.stack(tokens, 1)
-            so_far = Tree(drafted, chain_parents([len(tokens) - 1] * len(drafted), len(tokens) - 1, drafted.device), 0, None, True)
+            width = len(tokens) - 1
+            so_far = Tree(drafted, chain_parents([width] * len(drafted), width, drafted.device), width, None, True)
             path_BNV = path_counts(so_far, logits_BV.shape[1])[:, -1:]
         logits_BV = penalize(logits_BV[:, None], warp, batch.counts, path_BNV)[:, 0]
         if not wants_probs:
             probs_BV = logits_BV.softmax(-1) if self.confidence > 0 else logits_BV
             return logits_BV.argmax(-1), probs_BV
         probs_BV = law(logits_BV[:, None], warp)[:, 0]
-        streams = [row.randomness.draft if row and not row.sampling.greedy else None for row in batch.rows]
+        streams = [row.randomness.draft if row and not row.sampling.greedy else None for row in drawing]
         return race(probs_BV, exponentials(streams, probs_BV.shape[1], probs_BV.device)), probs_BV
 
     def observe(self, batch: Batch, outcome: Outcome) -> None:

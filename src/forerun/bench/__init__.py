@@ -1,0 +1,1 @@
+"""Measure variants side by side on one workload: closed loop, interleaved, paired."""

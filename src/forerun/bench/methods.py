@@ -1,0 +1,45 @@
+"""What `forerun bench` compares when no config says so, and how its variants become backends."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from forerun.config import METHODS, Variant
+
+if TYPE_CHECKING:
+    from forerun.bench.measure import Maker
+    from forerun.model import Loaded
+
+SHIPPED = ("ngram", "model")
+"""The drafters that `forerun bench` runs beside plain decoding, each named after its method."""
+
+
+def compare(wanted: Sequence[str], drafter: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Variants `plain` and one for each method; `drafter` holds what flags say of it, such as k."""
+    found: dict[str, dict[str, Any]] = {"plain": {"drafter": {"kind": "none"}}}
+    for name in wanted:
+        kind = METHODS[name]
+        if kind != "none":
+            fitting = {key: value for key, value in drafter.items() if key != "path" or kind == "model"}
+            found[name] = {"drafter": {"kind": kind, **fitting}}
+    return found
+
+
+def maker() -> Maker:
+    """Backends from models that are loaded once and shared by all variants."""
+    from forerun.bench.measure import Maker
+    from forerun.build import Models, build
+
+    models = Models()
+
+    def loaded(variant: Variant) -> Loaded:
+        # The reference runs on unpacked weights: asking for the packed model would load a second one.
+        unpacked = variant.backend == "reference"
+        return models.target(variant.model.model_copy(update={"pack": False}) if unpacked else variant.model)
+
+    return Maker(
+        build=lambda variant: build(variant, models),
+        vocabulary=lambda variant: int(loaded(variant).model.get_output_embeddings().weight.shape[0]),
+        tokenizer=lambda variant: loaded(variant).tokenizer,
+    )

@@ -1,0 +1,146 @@
+"""The command line: flags and help only, so that `--help` answers without loading torch; verbs are imported when called."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any
+
+import typer
+
+from forerun import __version__
+from forerun.types import UserError
+
+app = typer.Typer(
+    name="forerun", no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Speculative decoding for Hugging Face causal language models, and an honest measurement of what it gains.",
+)  # fmt: skip
+
+Model = Annotated[str | None, typer.Option(help="Target: hub id or folder. Default: the model that ships with forerun.")]
+Draft = Annotated[str | None, typer.Option(help="Draft model: hub id or folder, with the target's vocabulary.")]
+Method = Annotated[str | None, typer.Option(help="naive, ngram or draft.")]
+Length = Annotated[int | None, typer.Option("-k", help="Tokens to draft each round.")]
+Temperature = Annotated[float | None, typer.Option(help="0 is greedy.")]
+MaxTokens = Annotated[int | None, typer.Option(help="Most new tokens.")]
+Seed = Annotated[int | None, typer.Option(help="Of the sampling.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no remarks.")]
+
+
+def show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"forerun {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command(epilog="Anything of the form a.b=c overrides the configuration, e.g. engine.capacity=4096 model.dtype=bfloat16.")
+def generate(
+    words: Annotated[list[str] | None, typer.Argument(metavar="[PROMPT] [a.b=c ...]", help="PROMPT - reads stdin.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="The prompt, as an option; - reads stdin.")] = None,
+    config: Annotated[str | None, typer.Option(help="YAML file; its base variant generates.")] = None,
+    model: Model = None,
+    draft: Draft = None,
+    method: Method = None,
+    k: Length = None,
+    temperature: Temperature = None,
+    top_p: Annotated[float | None, typer.Option(help="Nucleus: fewest tokens of this mass.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="This many most probable tokens.")] = None,
+    min_p: Annotated[float | None, typer.Option(help="Tokens at least this probable, relative to the best.")] = None,
+    max_tokens: MaxTokens = None,
+    seed: Seed = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End at this text; may be given more than once.")] = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Continue a prompt, streaming."""
+    from forerun.verbs.generate import run
+
+    sampling = {
+        "temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p, "max_new": max_tokens, "seed": seed,
+        "stop": stop or None,
+    }  # fmt: skip
+    finish(run(words or [], prompt, config, model, draft, method, k, sampling, as_json=json, quiet=quiet))
+
+
+@app.command(epilog="Anything of the form a.b=c overrides the configuration, e.g. engine.rows=8 workload.limit=4.")
+def bench(
+    words: Annotated[list[str] | None, typer.Argument(metavar="[CONFIG] [a.b=c ...]", help="CONFIG is a YAML file.")] = None,
+    out: Annotated[str | None, typer.Option(help="Folder for the results. Default: runs/bench-<time>.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run that --out holds.")] = False,
+    model: Model = None,
+    draft: Draft = None,
+    method: Method = None,
+    k: Length = None,
+    temperature: Temperature = None,
+    max_tokens: MaxTokens = None,
+    repeats: Annotated[int | None, typer.Option(help="Times that the workload is gone through.")] = None,
+    memory: Annotated[bool, typer.Option(help="Measure peak memory, each variant in a process of its own.")] = True,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Compare methods side by side on the same prompts; without CONFIG, all that ship on the embedded models."""
+    from forerun.verbs.bench import run
+
+    flags = {
+        "model.path": model, "sampling.temperature": temperature, "sampling.max_new": max_tokens, "repeats": repeats,
+    }  # fmt: skip
+    finish(
+        run(
+            words or [],
+            out,
+            flags,
+            {"path": draft, "k": k},
+            method,
+            overwrite=overwrite,
+            memory=memory,
+            as_json=json,
+            quiet=quiet,
+        )
+    )
+
+
+def finish(status: int) -> None:
+    raise typer.Exit(status)
+
+
+def run(arguments: Sequence[str], application: Callable[..., Any] = app) -> int:
+    """Run a command line and return its exit status; what the user can mend is one line on stderr and status 2."""
+    try:
+        return int(application(list(arguments), prog_name="forerun", standalone_mode=False) or 0)
+    except UserError as error:
+        return complain(str(error))
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # `forerun generate ... | head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        # Mistakes on the command line; the library's own class for them has changed its place between versions.
+        if (describe := getattr(error, "format_message", None)) is None:
+            raise
+        return complain(describe() or "say what to do; see forerun --help")
+
+
+def complain(message: str) -> int:
+    print(f"forerun: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+def main() -> None:
+    """The console script `forerun`."""
+    sys.exit(run(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""`forerun bench`: from flags and a config to a run folder and a table."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from forerun.bench import methods, report
+from forerun.bench.measure import Maker
+from forerun.bench.measure import run as measure
+from forerun.config import EMBEDDED, METHODS, Experiment, load
+from forerun.types import UserError
+from forerun.verbs.common import hush_libraries, known_method
+
+RUN_FILES = ("config.yaml", "environment.json", "summary.json", "report.md", "report.html")
+
+
+def run(
+    words: Sequence[str],
+    out: str | None,
+    flags: dict[str, Any],
+    drafter: dict[str, Any],
+    method: str | None,
+    *,
+    overwrite: bool = False,
+    memory: bool = True,
+    as_json: bool = False,
+    quiet: bool = False,
+    maker: Maker | None = None,
+) -> int:
+    """Returns the exit status: 0, or 130 after an interrupt. `maker` stands in for the models in tests."""
+    experiment = plan(words, flags, drafter, method)
+    experiment.expand()  # a mistake in a variant shows before anything is loaded
+    folder = Path(out or time.strftime("runs/bench-%Y%m%d-%H%M%S"))
+    clear(folder, overwrite)
+    hush_libraries()
+    summary = measure(experiment, maker or methods.maker(), folder, Console(stderr=True, quiet=quiet), memory)
+    if as_json:
+        print(json.dumps(summary, indent=2))
+    else:
+        console = Console()
+        console.print(report.table(summary))
+        for name, figures in summary["variants"].items():
+            if figures["error"] is not None:
+                console.print(f"{name} failed: {figures['error']}", style="red", markup=False, highlight=False)
+        console.print(f"{report.headline(summary)}: {folder}/report.html", markup=False, highlight=False)
+    return 130 if summary["status"] == "interrupted" else 0
+
+
+def plan(words: Sequence[str], flags: dict[str, Any], drafter: dict[str, Any], method: str | None) -> Experiment:
+    """The experiment that a command line asks for; flags that were not given are None."""
+    configs = [word for word in words if "=" not in word]
+    overrides = [word for word in words if "=" in word]
+    if len(configs) > 1:
+        raise UserError(f"bench takes one config file, not {len(configs)}: {', '.join(configs)}")
+    given = {key: value for key, value in flags.items() if value is not None}
+    of_drafter = {key: value for key, value in drafter.items() if value is not None}
+    if method is not None:
+        known_method(method)
+    if not configs:
+        early = [word for word in overrides if word.startswith(("model.", "workload."))]
+        said = load(None, early, given)
+        once = {"repeats": 1} if said.workload.kind == "demo" else {}  # many prompts: the interval is over them, not repeats
+        compared = methods.compare(wanted(method, said.model.path, of_drafter), of_drafter)
+        return load(None, overrides, once | given | {"variants": compared})
+    if method is None:
+        kind = {"drafter.kind": "model"} if "path" in of_drafter else {}
+        return load(configs[0], overrides, given | kind | {f"drafter.{key}": value for key, value in of_drafter.items()})
+    compared = methods.compare([method], of_drafter)
+    return load(configs[0], overrides, given).model_copy(update={"variants": compared, "baseline": "plain"})
+
+
+def wanted(method: str | None, path: str, drafter: dict[str, Any]) -> Sequence[str]:
+    """The method asked for, or all that ship; the embedded draft goes with the embedded target only."""
+    draftless = path != EMBEDDED and "path" not in drafter
+    if method is None:
+        return [name for name in methods.SHIPPED if not (draftless and name == "model")]
+    if METHODS[method] == "model" and draftless:
+        raise UserError(f"--method {method} with a model of your own needs --draft, a smaller model of the same family")
+    return [method]
+
+
+def clear(folder: Path, overwrite: bool) -> None:
+    """Refuse a folder that holds a run, or take that run (and nothing else) out of it."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--out {folder} is a file; name a folder")
+    records = sorted(folder.glob("*/records.jsonl"))
+    if not records and not (folder / "summary.json").exists():
+        return
+    if not overwrite:
+        raise UserError(f"--out {folder} already holds a run; name another folder, or give --overwrite")
+    for path in records:
+        path.unlink()
+        if not any(path.parent.iterdir()):
+            path.parent.rmdir()
+    for name in RUN_FILES:
+        (folder / name).unlink(missing_ok=True)
