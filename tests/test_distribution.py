@@ -30,7 +30,7 @@ SAMPLINGS = {
         frequency_penalty=0.3,
         logit_bias={2: 1.0},
         max_new=LENGTH,
-    ),  # fmt: skip
+    ),
 }
 
 

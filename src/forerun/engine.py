@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from forerun.accept import Rule, Verdict, walk, walk_greedy
 from forerun.draft import Batch, Drafter, Outcome, Row
 from forerun.model import Target
+from forerun.packed import weight_bytes
 from forerun.sampling import Counts, Randomness, build_warp, exponentials, law, path_counts, penalize, race, uniforms
 from forerun.text import Detokenizer
 from forerun.tree import Tree
@@ -87,7 +88,6 @@ class Engine:
 
     @property
     def facts(self) -> dict[str, Any]:
-        weights = {p.data_ptr(): p.nbytes for p in self.target.model.parameters()}
         return {
             "rule": self.rule.name,
             "lossless": self.rule.lossless,
@@ -95,7 +95,7 @@ class Engine:
             "policy": type(policy).__name__.lower() if (policy := getattr(self.drafter, "policy", None)) else None,
             "rows": len(self.rows),
             "capacity": self.capacity,
-            "weight_bytes": sum(weights.values()),
+            "weight_bytes": weight_bytes(self.target.model),
             "kv_bytes": self.cache.nbytes or None,
             "dtype": str(self.target.dtype).removeprefix("torch."),
             "device": str(self.target.device),

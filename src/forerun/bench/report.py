@@ -24,7 +24,7 @@ def number(value: float | None, digits: int, unit: str = "") -> str:
 
 
 def share(value: float | None) -> str:
-    return ABSENT if value is None else f"{100 * value:.1f}%"
+    return ABSENT if value is None else "100%" if value == 1 else f"{100 * value:.1f}%"
 
 
 def interval(figures: dict[str, float | None]) -> str:
@@ -63,7 +63,7 @@ ON_TERMINAL: dict[str, Callable[[Figures], str]] = {
     "ms/tok": COLUMNS["ms/token"],
     "speed-up": COLUMNS["speed-up"],
     "accept": COLUMNS["acceptance"],
-    "tok/round": COLUMNS["tokens/round"],
+    "t/round": COLUMNS["tokens/round"],
     "exact": COLUMNS["exact"],
     "MiB": lambda v: mebibytes(v["peak_memory_bytes"]).removesuffix(" MiB"),
 }
@@ -85,8 +85,8 @@ MEANINGS = {
 def table(summary: dict[str, Any]) -> Table:
     """The table printed at the end of a run: 80 columns hold it."""
     caption = f"speed-up over {summary['baseline']} with its bootstrap 95 % interval; all columns: report.md"
-    found = Table(title=headline(summary), caption=caption, box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
-    found.add_column("variant", overflow="fold")
+    found = Table(title=headline(summary), caption=caption, box=box.SIMPLE_HEAD, padding=0)
+    found.add_column("variant", overflow="fold", min_width=9)
     for name in ON_TERMINAL:
         found.add_column(name, justify="left" if name == "output" else "right", no_wrap=True)
     for name, figures in summary["variants"].items():
