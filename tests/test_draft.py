@@ -1,4 +1,4 @@
-"""Drafters: n-gram lookup against a brute-force search, the draft model's cache, and how much a draft of oneself is accepted."""
+"""Drafters: n-gram lookup against a brute-force search, the draft model's cache, a draft of oneself, the confidence stop."""
 
 import itertools
 
@@ -205,14 +205,16 @@ def test_rounds_without_drafts_leave_the_cache_right(script: str, temperature: f
 @pytest.mark.parametrize("confidence", [0.0, 0.5])
 def test_the_drafts_cache_holds_what_was_accepted(architecture: str, temperature: float, confidence: float) -> None:
     target = Target(tiny(architecture))
-    drafter = DraftModel(Target(near_copy(tiny(architecture), 0.1)), Constant(4), 3, CAPACITY, confidence=confidence)
+    drafter = DraftModel(Target(near_copy(tiny(architecture), 0.5)), Constant(4), 3, CAPACITY, confidence=confidence)
     completions = run(engine_of(target, drafter, 3), requests_of(temperature))
     rounds = [round for completion in completions for round in completion.rounds]
     assert any(round.accepted == round.drafted > 0 for round in rounds)
     assert any(round.accepted < round.drafted for round in rounds)
 
 
-def propose(drafter: DraftModel, texts: list[list[int] | None], sampling: Sampling) -> tuple[list[list[int]], torch.Tensor | None]:
+def propose(
+    drafter: DraftModel, texts: list[list[int] | None], sampling: Sampling
+) -> tuple[list[list[int]], torch.Tensor | None]:
     """The drafts of one round, without padding, and the laws they were drawn from."""
     with torch.inference_mode():
         for i, text in enumerate(texts):
@@ -235,8 +237,9 @@ def test_the_confidence_stop_keeps_the_last_token(temperature: float) -> None:
     drafts, full_BNV = propose(DraftModel(target, Constant(6), 5, CAPACITY), texts, sampling)
     with torch.inference_mode():
         if full_BNV is None:
-            states = [target.model(torch.tensor([t + d])).logits[0, len(t) - 1 : -1] for t, d in zip(texts, drafts, strict=True) if t]
-            full_BNV = torch.cat([torch.zeros(5, 1, VOCABULARY), torch.stack(states).softmax(-1)], 1)
+            pairs = [(text or [], draft) for text, draft in zip(texts, drafts, strict=True)]
+            logits = [target.model(torch.tensor([text + draft])).logits[0, len(text) - 1 : -1] for text, draft in pairs]
+            full_BNV = torch.cat([torch.zeros(5, 1, VOCABULARY), torch.stack(logits).softmax(-1)], 1)
     own = [[float(full_BNV[i, n + 1, token]) for n, token in enumerate(draft)] for i, draft in enumerate(drafts)]
     ordered = sorted(itertools.chain(*own))
     for threshold in (ordered[4], ordered[len(ordered) // 3]):

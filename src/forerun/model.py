@@ -45,6 +45,8 @@ class Loaded:
 def load(config: ModelConfig, embedded: str = "target") -> Loaded:
     """Load a model and its tokenizer; `embedded` says which of the shipped models the path `embedded` means."""
     path = str(ASSETS / embedded) if config.path == EMBEDDED else config.path
+    if not Path(path).exists() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
+        raise UserError(f"model {path!r}: no such file or folder; give a folder, a config.json or a hub id")
     device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
     try:
         settings = AutoConfig.from_pretrained(path)

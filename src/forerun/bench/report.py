@@ -84,7 +84,7 @@ MEANINGS = {
 
 def table(summary: dict[str, Any]) -> Table:
     """The table printed at the end of a run: 80 columns hold it."""
-    caption = f"speed-up over {summary['baseline']} with its bootstrap 95 % interval; all columns: report.md"
+    caption = f"speed-up over {summary['baseline']} (bootstrap 95 %); more in report.md"
     found = Table(title=headline(summary), caption=caption, box=box.SIMPLE_HEAD, padding=0)
     found.add_column("variant", overflow="fold", min_width=9)
     for name in ON_TERMINAL:
