@@ -88,8 +88,8 @@ def test_help_and_version(tell: Tell) -> None:
         (["generate", "hi", "sampling.temprature=1"], "did you mean 'sampling.temperature'?"),
         (["generate", "hi", "--temperature", "-1"], "sampling.temperature: Input should be greater than or equal to 0"),
         (["generate", "hi", "--method", "ngram", "--draft", "x"], "--draft goes with --method draft"),
-        (["generate", "hi", "--model", "./nowhere"], "'./nowhere' cannot be read"),
-        (["generate", "hi", "--model", "nobody/nothing"], "'nobody/nothing' cannot be read"),  # the hub is out of reach here
+        (["generate", "hi", "--model", "./nowhere"], "model './nowhere'"),
+        (["generate", "hi", "--model", "nobody/nothing"], "model 'nobody/nothing'"),  # the hub is out of reach here
         (["generate", "word " * 900, "engine.capacity=64"], "engine.capacity"),
     ],
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any
@@ -122,9 +121,6 @@ def run(arguments: Sequence[str], application: Callable[..., Any] = app) -> int:
         return complain(str(error))
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # `forerun generate ... | head`: nobody reads on
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except Exception as error:
         # Mistakes on the command line; the library's own class for them has changed its place between versions.
         if (describe := getattr(error, "format_message", None)) is None:

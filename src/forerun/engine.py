@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import time
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -133,6 +133,7 @@ class Engine:
         deltas, self.cancelled = self.cancelled, []
         began = time.perf_counter()
         deltas += self._admit()
+        self._phases = replace(self._phases, prefill=self._phases.prefill + time.perf_counter() - began)
         if not any(self.rows):
             return deltas
         if self.warp_is_stale:
@@ -173,11 +174,15 @@ class Engine:
         deltas += [self._emit(i, round.accepted + 1, round) for i, round in enumerate(rounds) if round]
         if self.debug:
             self._check()
-        total = time.perf_counter() - began
+        total = time.perf_counter() - drafting
         spent = (verifying - drafting, judging - verifying, judged - judging)
         old = self._phases
         self._phases = Phases(
-            old.draft + spent[0], old.verify + spent[1], old.accept + spent[2], old.other + total - sum(spent)
+            draft=old.draft + spent[0],
+            verify=old.verify + spent[1],
+            accept=old.accept + spent[2],
+            other=old.other + total - sum(spent),
+            prefill=old.prefill,
         )
         return deltas
 
