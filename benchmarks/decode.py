@@ -119,7 +119,7 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=34)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--compile", action="store_true", help="compile our forward pass (about a minute a shape)")
+    parser.add_argument("--compile", action="store_true", help="compile our forward pass (slow to start)")
     parser.add_argument("--json", help="also write every measurement to this file")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

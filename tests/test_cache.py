@@ -29,7 +29,7 @@ def drawn(generator: torch.Generator, high: int, count: int = 1, low: int = 0) -
 
 def close_to(target: Target, ours: Tensor, expected: Tensor) -> None:
     """Equal up to rounding; eager attention takes its softmax in float32."""
-    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-6 if target.additive_mask else 1e-10)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-6 if target.verify_attention == "eager" else 1e-10)
 
 
 def random_tree(rows: Rows, size: int, generator: torch.Generator) -> Tree:

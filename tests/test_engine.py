@@ -169,6 +169,25 @@ def test_scores_that_are_not_numbers_are_an_error_of_one_line() -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_a_fault_in_mid_flight_ends_its_rows_and_keeps_what_was_told() -> None:
+    import copy
+
+    model = copy.deepcopy(tiny("llama"))
+    backend = Engine(Target(model), NoDraft(), choose("auto", False), rows=2, capacity=64, debug=True)
+    for id in ("a", "b"):
+        backend.submit(Request(id, PROMPT, Sampling(max_new=9)))
+    backend.step()
+    healthy = model.lm_head.weight.data.clone()
+    model.lm_head.weight.data[0, 0] = float("nan")
+    assert {d.finish for d in backend.step()} == {"cancelled"}
+    assert backend.busy
+    with pytest.raises(UserError, match="not finite"):
+        backend.step()
+    model.lm_head.weight.data.copy_(healthy)
+    [done] = complete(backend, [Request("c", PROMPT, Sampling(max_new=9))])
+    assert list(done.tokens) == plain_greedy(tiny("llama"), PROMPT, 9)
+
+
 def test_phases_add_up_and_facts_are_told() -> None:
     backend = engine(drafters(2)["model"])
     complete(backend, [Request("a", PROMPT, Sampling(max_new=10))])

@@ -74,13 +74,14 @@ class Engine:
         self.seeds = random.Random(seed)  # for requests without a seed
         self.warp = build_warp([None] * rows, target.vocabulary, target.device)
         self.warp_is_stale = False  # a row joined or left since the warp was built
+        self.fault: UserError | None = None  # raised by the next step, so that this one's deltas are not lost
         self._phases = Phases()
 
     # The Backend protocol.
 
     @property
     def busy(self) -> bool:
-        return bool(self.waiting or self.cancelled or any(self.rows))
+        return bool(self.waiting or self.cancelled or any(self.rows) or self.fault)
 
     @property
     def phases(self) -> Phases:
@@ -130,61 +131,82 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Delta]:
+        if self.fault is not None:
+            fault, self.fault = self.fault, None
+            raise fault
         deltas, self.cancelled = self.cancelled, []
         began = time.perf_counter()
         deltas += self._admit()
         self._phases = replace(self._phases, prefill=self._phases.prefill + time.perf_counter() - began)
-        if not any(self.rows):
-            return deltas
-        if self.warp_is_stale:
-            samplings = [row.sampling if row else None for row in self.rows]
-            self.warp, self.warp_is_stale = build_warp(samplings, self.target.vocabulary, self.target.device), False
-        counts = self._counts(self.rows) if self.warp.penalties_B3 is not None else None
-        batch = Batch(self.rows, self.warp, counts, self.target.device)
+        if any(self.rows):
+            deltas += self._round()
+        if self.debug:
+            self._check()
+        return deltas
+
+    def _round(self) -> list[Delta]:
+        """Propose, verify, judge, commit: one round of every running row."""
+        batch = self._batch()
         drafting = time.perf_counter()
         tree = self.drafter.propose(batch)
         verifying = time.perf_counter()
         scores = self.target.verify(tree, self.cache)
         self._wait()
         judging = time.perf_counter()
-        verdict = self._judge(tree, scores.logits, counts)
-        # The one copy to the host: accepted tokens, counts, drafted depths, and whether the scores are numbers.
-        taken_BD = torch.cat([tree.tokens_BN.gather(1, verdict.path_BD)[:, 1:], verdict.bonus_B[:, None]], 1)
+        verdict = self._judge(tree, scores.logits, batch)
+        # The one copy to the host: accepted counts, drafted depths, whether the scores are numbers, and the tokens.
         drafted_B = torch.where(tree.valid_BN, tree.depths_BN(), 0).amax(1)
         healthy_B = torch.isfinite(scores.logits.amax((1, 2))).long()
-        host = torch.cat([torch.stack([verdict.accepted_B, drafted_B, healthy_B], 1), taken_BD], 1).tolist()
+        taken_BD = torch.cat([tree.tokens_BN.gather(1, verdict.path_BD)[:, 1:], verdict.bonus_B[:, None]], 1)
+        told = torch.cat([torch.stack([verdict.accepted_B, drafted_B, healthy_B], 1), taken_BD], 1).tolist()
         judged = time.perf_counter()
-        accepted = [line[0] if row else 1 for row, line in zip(self.rows, host, strict=True)]
-        self.cache.commit(tree, verdict, accepted)
-        rounds: list[Round | None] = [None] * len(host)
-        for i, (count, drafted, healthy, *taken) in enumerate(host):
-            if (row := self.rows[i]) is None:
-                self.cache.release(i)
-                continue
-            if not healthy:
-                raise not_finite(row)
-            row.tokens += [*taken[: count - 1], taken[-1]]
-            rounds[i] = Round(drafted, count - 1, tree.size)
-        done = time.perf_counter()
+        rounds = self._advance(tree, verdict, told)
+        committed = time.perf_counter()
         outcome = Outcome(
-            [r.drafted if r else 0 for r in rounds], [r.accepted if r else 0 for r in rounds], tree.size,
-            verifying - drafting, judging - verifying, done - judging, verdict, scores.hidden,
-        )  # fmt: skip
+            drafted=[round.drafted if round else 0 for round in rounds],
+            accepted=[round.accepted if round else 0 for round in rounds],
+            nodes=tree.size,
+            draft_seconds=verifying - drafting,
+            verify_seconds=judging - verifying,
+            other_seconds=committed - judging,
+            verdict=verdict,
+            hidden_BNH=scores.hidden,
+        )
         self.drafter.observe(batch, outcome)
-        deltas += [self._emit(i, round.accepted + 1, round) for i, round in enumerate(rounds) if round]
-        if self.debug:
-            self._check()
-        total = time.perf_counter() - drafting
-        spent = (verifying - drafting, judging - verifying, judged - judging)
+        deltas = [self._emit(i, round.accepted + 1, round) for i, round in enumerate(rounds) if round]
+        for i, row in enumerate(self.rows):
+            if row and not rounds[i]:
+                self.fault = not_finite(row)
+                deltas.append(Delta(row.request.id, row.index, (), row.text.take(last=True), "cancelled"))
+                self._release(i)
         old = self._phases
-        self._phases = Phases(
-            draft=old.draft + spent[0],
-            verify=old.verify + spent[1],
-            accept=old.accept + spent[2],
-            other=old.other + total - sum(spent),
-            prefill=old.prefill,
+        self._phases = replace(
+            old,
+            draft=old.draft + verifying - drafting,
+            verify=old.verify + judging - verifying,
+            accept=old.accept + judged - judging,
+            other=old.other + time.perf_counter() - judged,
         )
         return deltas
+
+    def _batch(self) -> Batch:
+        if self.warp_is_stale:
+            samplings = [row.sampling if row else None for row in self.rows]
+            self.warp, self.warp_is_stale = build_warp(samplings, self.target.vocabulary, self.target.device), False
+        counts = self._counts(self.rows) if self.warp.penalties_B3 is not None else None
+        return Batch(self.rows, self.warp, counts, self.target.device)
+
+    def _advance(self, tree: Tree, verdict: Verdict, told: list[list[int]]) -> list[Round | None]:
+        """Commit the paths and give every running row its tokens; idle rows are rewound, a row without healthy scores stays."""
+        self.cache.commit(tree, verdict, [count for count, *_ in told])
+        rounds: list[Round | None] = [None] * len(told)
+        for i, (count, drafted, healthy, *taken) in enumerate(told):
+            if (row := self.rows[i]) is None:
+                self.cache.release(i)
+            elif healthy:
+                row.tokens += [*taken[: count - 1], taken[-1]]
+                rounds[i] = Round(drafted, count - 1, tree.size)
+        return rounds
 
     # Parts of a step.
 
@@ -233,18 +255,19 @@ class Engine:
         probs_BV = law(logits_BNV, warp)[:, 0]
         return int(race(probs_BV, exponentials([row.randomness.verify], probs_BV.shape[1], probs_BV.device)))
 
-    def _judge(self, tree: Tree, logits_BNV: Tensor, counts: Counts | None) -> Verdict:
+    def _judge(self, tree: Tree, logits_BNV: Tensor, batch: Batch) -> Verdict:
         """Walk the tree; without drawing where every row is greedy, since all lossless rules agree there."""
-        path_BNV = path_counts(tree, logits_BNV.shape[2]) if self.warp.penalties_B3 is not None else None
-        if not self.warp.plain:
-            logits_BNV = penalize(logits_BNV, self.warp, counts, path_BNV)
-        if self.warp.all_greedy and self.rule.lossless:
+        warp = batch.warp
+        if not warp.plain:
+            path_BNV = path_counts(tree, logits_BNV.shape[2]) if warp.penalties_B3 is not None else None
+            logits_BNV = penalize(logits_BNV, warp, batch.counts, path_BNV)
+        if warp.all_greedy and self.rule.lossless:
             return walk_greedy(tree, logits_BNV.argmax(-1))
-        streams = [row.randomness.verify if row and not row.sampling.greedy else None for row in self.rows]
+        streams = [row.randomness.verify if row and not row.sampling.greedy else None for row in batch.rows]
         # As many numbers every round, whatever the neighbours draft: a row's stream must not depend on its batch.
         uniforms_BN = uniforms(streams, self.drafter.size, logits_BNV.device)[:, : tree.size]
         exponentials_BV = exponentials(streams, logits_BNV.shape[2], logits_BNV.device)
-        return walk(tree, self.rule.law(tree, law(logits_BNV, self.warp)), uniforms_BN, exponentials_BV)
+        return walk(tree, self.rule.law(tree, law(logits_BNV, warp)), uniforms_BN, exponentials_BV)
 
     def _emit(self, i: int, count: int, round: Round | None) -> Delta:
         """What the last `count` tokens of a row mean outside: cut at the first end, decoded; a finished row is released."""

@@ -42,7 +42,7 @@ class Graph(Generic[Outputs]):
     same values when it is called twice with the same tensors, for a capture calls it several times.
 
     mode   CUDA                         CPU
-    auto   capture a graph and replay   plain call: compiling takes a minute a shape
+    auto   capture a graph and replay   plain call: compiling is slow
     True   the same                     torch.compile; a plain call with one warning where no C++ compiler is installed
     False  plain call                   plain call
 

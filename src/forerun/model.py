@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import get_layer_types_and_kwargs
 
+from forerun.attention import GROUPED, register
 from forerun.cache import KVCache
 from forerun.config import EMBEDDED, ModelConfig
 from forerun.graph import Graph, Mode
@@ -68,7 +69,7 @@ def load(config: ModelConfig, embedded: str = "target") -> Loaded:
             model.to(torch.device(device))  # type: ignore[arg-type]
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"model {path!r} cannot be loaded: {first_line(error)}") from error
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
         if isinstance(error, torch.cuda.OutOfMemoryError):
             raise
         raise UserError(f"model {path!r} cannot be put on {device!r}: {first_line(error)}") from error
@@ -115,13 +116,15 @@ class Target:
         self.mask_by_type = getattr(text, "layer_types", None) is not None
         self.window: int | None = next((kw["sliding_window"] for kw in layer_kwargs if kw.get("sliding_window")), None)
         self.layer_types = set(layer_types)
-        self.additive_mask = text._attn_implementation == "eager"
+        if text._attn_implementation == "sdpa":
+            register()
+            model.set_attn_implementation(GROUPED)
+        self.verify_attention: str = text._attn_implementation
         self.mode = compile
-        self.graphs: dict[KVCache, Graph[tuple[Tensor, Tensor | None]]] = {}  # a graph writes into one cache
 
     def new_cache(self, rows: int, capacity: int) -> KVCache:
         cache = KVCache(self.model.config, rows, capacity)
-        self.graphs[cache] = Graph(partial(self._forward, cache), self.mode)
+        cache.graph = Graph(partial(self._forward, cache), self.mode)
         return cache
 
     def prefill(self, prompt: Sequence[int], cache: KVCache, row: int, chunk: int = 512) -> Scores:
@@ -146,7 +149,7 @@ class Target:
             finally:
                 cache.plan.row, cache.plan.start = None, 0
                 if self.prefill_attention:
-                    self.model.set_attn_implementation("sdpa")
+                    self.model.set_attn_implementation(self.verify_attention)
             logits_V = out.logits[0, -1]
             if (states := self._hidden(out)) is not None:
                 hidden.append(states[0])
@@ -166,7 +169,8 @@ class Target:
             positions_BN = slots_BN[:, :1] + ancestors_BNN.sum(-1) - 1
             full_BNS = tree_mask(slots_BN[:, 0], ancestors_BNN, read)
         masks = self._masks(full_BNS, positions_BN, slots_BN)
-        logits, hidden = self.graphs[cache](tree.tokens_BN, positions_BN, slots_BN, *masks)
+        assert cache.graph is not None, "a cache comes from new_cache"
+        logits, hidden = cache.graph(tree.tokens_BN, positions_BN, slots_BN, *masks)
         return Scores(logits, hidden)
 
     def _masks(self, full_BNS: Tensor, positions_BN: Tensor, slots_BN: Tensor) -> list[Tensor]:
@@ -179,17 +183,16 @@ class Target:
             places_BS = places_BS.scatter(1, slots_BN, positions_BN)
             near_BNS = positions_BN[:, :, None] - places_BS[:, None, :] < self.window
             masks.append(full_BNS & near_BNS)
-        masks_B1NS = [mask[:, None] for mask in masks]
-        if not self.additive_mask:
-            return masks_B1NS
+        # Additive: eager attention takes no other, and SDPA on the CPU turns a boolean mask into this one in every layer.
         lowest = torch.finfo(self.dtype).min
-        return [torch.zeros(m.shape, dtype=self.dtype, device=m.device).masked_fill_(~m, lowest) for m in masks_B1NS]
+        return [torch.zeros_like(mask, dtype=self.dtype).masked_fill_(~mask, lowest)[:, None] for mask in masks]
 
     def _forward(
         self, cache: KVCache, tokens_BN: Tensor, positions_BN: Tensor, slots_BN: Tensor, *masks: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         """One pass of the model over static shapes: what a graph captures."""
-        cache.plan.slots_BN, cache.plan.read = slots_BN, masks[0].shape[-1]
+        first_B = torch.arange(len(slots_BN), device=slots_BN.device) * cache.capacity
+        cache.plan.places, cache.plan.read = (slots_BN + first_B[:, None]).flatten(), masks[0].shape[-1]
         names = [name for name in ("full_attention", "sliding_attention") if name in self.layer_types]
         mask: Any = dict(zip(names, masks, strict=True)) if self.mask_by_type else masks[0]
         out = self.model(
@@ -235,14 +238,18 @@ def probe(target: Target) -> None:
         plain_TV = target.model(input_ids=torch.tensor([ids], device=target.device), use_cache=False).logits[0].double()
         cache = target.new_cache(1, 16)
         first_V = target.prefill(ids[:5], cache, 0, chunk=3).logits.double()
-        # Node 1 is a decoy beside the true continuation 2 -> 3.
-        tokens_BN = torch.tensor([[ids[5], ids[0], ids[6], ids[7]]], device=target.device)
+        # Node 1 is a decoy beside the true continuation 2 -> 3; which token it is must not matter to them.
         parents_BN = torch.tensor([[0, 0, 0, 2]], device=target.device)
-        tree_NV = target.verify(Tree(tokens_BN, parents_BN, 2), cache).logits[0].double()
+        decoys = [torch.tensor([[ids[5], decoy, ids[6], ids[7]]], device=target.device) for decoy in (ids[0], ids[1])]
+        tree_NV, other_NV = (target.verify(Tree(t, parents_BN, 2), cache).logits[0, [0, 2, 3]].double() for t in decoys)
     except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
         raise UserError(f"{name} cannot be served: it does not take our cache and masks ({first_line(error)})") from error
-    ours_TV = torch.stack([first_V, tree_NV[0], tree_NV[2], tree_NV[3]])
-    off = float((ours_TV - plain_TV[4:8]).norm() / plain_TV[4:8].norm())
+    # What is added to all of a position's scores changes no probability.
+    ours_TV, plain_TV = (s - s.mean(-1, keepdim=True) for s in (torch.cat([first_V[None], tree_NV]), plain_TV[4:8]))
+    off = float((ours_TV - plain_TV).norm() / plain_TV.norm())
+    leak = float((other_NV - tree_NV).norm() / plain_TV.norm())
     limit = 0.1 if target.dtype in HALF else 1e-3
+    if not leak < limit / 10:  # rounding is the same both times
+        raise UserError(f"{name} cannot be served: its attention does not keep to our mask: a hidden token moves its scores")
     if not off < limit:
         raise UserError(f"{name} cannot be served: its scores through our cache and masks are off by {off:.1%} of its own")

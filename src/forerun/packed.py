@@ -89,8 +89,8 @@ def frozen(tensor: Tensor) -> nn.Parameter:
 class Prepacked(nn.Module):
     """A linear layer whose weight [out, in] lies in oneDNN's own blocked layout.
 
-    float32 also keeps the plain weight, because for a single row the plain product is the faster one (1.1 to 2 times on the
-    machines measured); in bfloat16 the blocked layout wins at every number of rows.
+    float32 also keeps the plain weight, because for a single row the plain product is the faster one; in bfloat16 the blocked
+    layout is the faster one for few rows and no slower for many.
     """
 
     def __init__(self, layer: nn.Linear) -> None:

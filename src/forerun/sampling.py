@@ -41,8 +41,11 @@ def build_warp(samplings: Sequence[Sampling | None], vocabulary: int, device: to
     """The warp of a batch; a row without a request is greedy."""
     rows = [sampling or Sampling() for sampling in samplings]
 
+    def exact(values: Sequence[object]) -> Tensor:  # rounded where it is used, to the scores' own precision
+        return torch.tensor(values, dtype=torch.float64, device=device)
+
     def column(values: list[float], off: float) -> Tensor | None:
-        return None if all(value == off for value in values) else torch.tensor(values, device=device)
+        return None if all(value == off for value in values) else exact(values)
 
     bias_BV = None
     if any(row.logit_bias for row in rows):
@@ -54,14 +57,14 @@ def build_warp(samplings: Sequence[Sampling | None], vocabulary: int, device: to
     return Warp(
         greedy_B=torch.tensor([row.greedy for row in rows], device=device),
         all_greedy=all(row.greedy for row in rows),
-        temperature_B=torch.tensor([row.temperature or 1.0 for row in rows], device=device),
+        temperature_B=exact([row.temperature or 1.0 for row in rows]),
         top_k_B=None
         if all(row.top_k == 0 for row in rows)
         else torch.tensor([min(row.top_k or vocabulary, vocabulary) for row in rows], device=device),
         top_p_B=column([row.top_p for row in rows], 1.0),
         min_p_B=column([row.min_p for row in rows], 0.0),
         bias_BV=bias_BV,
-        penalties_B3=torch.tensor(penalties, device=device) if any(row.penalized for row in rows) else None,
+        penalties_B3=exact(penalties) if any(row.penalized for row in rows) else None,
     )
 
 
@@ -89,7 +92,7 @@ def penalize(logits_BNV: Tensor, warp: Warp, counts: Counts | None, path_BNV: Te
     if warp.penalties_B3 is None or counts is None:
         return logits_BNV
     output_BNV = counts.output_BV[:, None] if path_BNV is None else counts.output_BV[:, None] + path_BNV
-    repetition, presence, frequency = (column[:, None, None] for column in warp.penalties_B3.unbind(1))
+    repetition, presence, frequency = (column[:, None, None] for column in warp.penalties_B3.to(logits_BNV.dtype).unbind(1))
     seen_BNV = (output_BNV > 0) | counts.prompt_BV[:, None]
     scaled_BNV = torch.where(logits_BNV < 0, logits_BNV * repetition, logits_BNV / repetition)
     logits_BNV = torch.where(seen_BNV, scaled_BNV, logits_BNV)
@@ -99,7 +102,7 @@ def penalize(logits_BNV: Tensor, warp: Warp, counts: Counts | None, path_BNV: Te
 def law(logits_BNV: Tensor, warp: Warp) -> Tensor:
     """The probabilities that each row's request draws from; a greedy row's law is one-hot. Float32 (float64 stays)."""
     hot_BN = logits_BNV.argmax(-1)
-    scaled_BNV = logits_BNV / warp.temperature_B[:, None, None]
+    scaled_BNV = logits_BNV / warp.temperature_B.to(logits_BNV.dtype)[:, None, None]
     if warp.top_k_B is not None:
         scaled_BNV = top_k(scaled_BNV, warp.top_k_B)
     if warp.top_p_B is not None:
@@ -125,7 +128,7 @@ def top_k(logits_BNV: Tensor, k_B: Tensor) -> Tensor:
 def top_p(logits_BNV: Tensor, p_B: Tensor) -> Tensor:
     """Keep the smallest set of most probable tokens whose mass reaches p; at least one."""
     ordered_BNV, order_BNV = logits_BNV.sort(-1, descending=False)
-    cut_BNV = ordered_BNV.softmax(-1).cumsum(-1) <= 1 - p_B[:, None, None]
+    cut_BNV = ordered_BNV.softmax(-1).cumsum(-1) <= (1 - p_B).to(logits_BNV.dtype)[:, None, None]
     cut_BNV[..., -1] = False
     cut_BNV &= (p_B < 1)[:, None, None]
     return logits_BNV.masked_fill(torch.zeros_like(cut_BNV).scatter_(-1, order_BNV, cut_BNV), -torch.inf)
@@ -134,7 +137,7 @@ def top_p(logits_BNV: Tensor, p_B: Tensor) -> Tensor:
 def min_p(logits_BNV: Tensor, p_B: Tensor) -> Tensor:
     """Keep the tokens at least p times as probable as the most probable one (Nguyen et al. 2024)."""
     probs_BNV = logits_BNV.softmax(-1)
-    floor_BN1 = probs_BNV.amax(-1, keepdim=True) * p_B[:, None, None]
+    floor_BN1 = probs_BNV.amax(-1, keepdim=True) * p_B.to(probs_BNV.dtype)[:, None, None]
     return logits_BNV.masked_fill(probs_BNV < floor_BN1, -torch.inf)
 
 

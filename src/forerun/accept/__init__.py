@@ -9,8 +9,11 @@ __all__ = ["Law", "Match", "Rule", "Standard", "Verdict", "choose", "walk", "wal
 
 
 def choose(kind: str, drawn: bool) -> Rule:
-    """The rule of a config; `auto` takes the best lossless one: `standard` for drawn drafts, `match` for chosen ones."""
-    if kind == "match" or (kind == "auto" and not drawn):
+    """The rule of a config; `auto` takes the best lossless one: `standard` for drawn drafts, `match` for chosen ones.
+
+    `standard` of chosen drafts, whose law is one-hot, is `match`.
+    """
+    if kind == "match" or (kind in ("standard", "auto") and not drawn):
         return Match()
     if kind in ("standard", "auto"):
         return Standard()

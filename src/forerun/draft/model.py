@@ -50,12 +50,12 @@ class DraftModel:
         tokens, probs = [pending_B], []
         for i in range(1, depth + 1):
             drawing = [row if own >= i else None for row, own in zip(batch.rows, depths, strict=True)]
-            token_B, probs_BV = self._draw(logits_BV, batch, drawing, tokens, wants_probs)
+            token_B, probs_BV, own_BV = self._draw(logits_BV, batch, drawing, tokens, wants_probs)
             tokens.append(token_B)
             if wants_probs:
                 probs.append(probs_BV)
             if self.confidence > 0:
-                sure = (probs_BV.gather(1, token_B[:, None])[:, 0] >= self.confidence).tolist()
+                sure = (own_BV.gather(1, token_B[:, None])[:, 0] >= self.confidence).tolist()
                 depths = [own if fine else min(own, i) for own, fine in zip(depths, sure, strict=True)]
             if max(depths) <= i:
                 break
@@ -82,8 +82,8 @@ class DraftModel:
 
     def _draw(
         self, logits_BV: Tensor, batch: Batch, drawing: Sequence[Row | None], tokens: list[Tensor], wants_probs: bool
-    ) -> tuple[Tensor, Tensor]:
-        """The next token of every row, and the law that it is drawn from (only where someone needs it).
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The next token of every row, the law that it is drawn from (where needed), and how sure the draft is of each.
 
         Only the rows of `drawing` use up random numbers, so that a row's stream does not depend on its neighbours' depths.
         """
@@ -94,12 +94,13 @@ class DraftModel:
             so_far = Tree(drafted, chain_parents([width] * len(drafted), width, drafted.device), width, None, True)
             path_BNV = path_counts(so_far, logits_BV.shape[1])[:, -1:]
         logits_BV = penalize(logits_BV[:, None], warp, batch.counts, path_BNV)[:, 0]
+        own_BV = logits_BV.softmax(-1) if self.confidence > 0 else logits_BV
         if not wants_probs:
-            probs_BV = logits_BV.softmax(-1) if self.confidence > 0 else logits_BV
-            return logits_BV.argmax(-1), probs_BV
+            return logits_BV.argmax(-1), own_BV, own_BV
         probs_BV = law(logits_BV[:, None], warp)[:, 0]
         streams = [row.randomness.draft if row and not row.sampling.greedy else None for row in drawing]
-        return race(probs_BV, exponentials(streams, probs_BV.shape[1], probs_BV.device)), probs_BV
+        sure_BV = torch.where(warp.greedy_B[:, None], own_BV, probs_BV)  # a greedy row's law is one-hot, hence always sure
+        return race(probs_BV, exponentials(streams, probs_BV.shape[1], probs_BV.device)), probs_BV, sure_BV
 
     def observe(self, batch: Batch, outcome: Outcome) -> None:
         """Keep what was accepted and fed: the last drafted token was never fed."""

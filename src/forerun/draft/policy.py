@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from statistics import median
+from statistics import median, median_low
 from typing import Protocol
 
 from forerun.draft.protocol import Outcome, Row
@@ -73,9 +73,11 @@ class Adaptive:
 
     Expected tokens of depth d: 1 + sum over i <= d of the product of the conditional acceptances up to i (a position counts
     only where it was drafted and reached, so that a fully accepted draft is not taken for a refusal one deeper).
-    Seconds: median times of a drafted token, of a verification by its size, and of the rest. A size not tried yet is taken to
-    cost what the nearest smaller one does, so it gets tried once it promises anything; every PROBE rounds a neighbour of the
-    best depth is tried, so that no single slow measurement excludes a depth for good.
+    Seconds: median times of a drafted token, of a verification by its size, and of the rest. The first verification of a size
+    prepares kernels and memory and is not counted. More nodes are taken to cost no less: a size costs no more than any
+    larger one was measured to, and a size not measured yet what the nearest smaller one does, so it gets tried once it
+    promises anything. Every PROBE rounds a neighbour of the best depth or the plain step is timed again, so that no slow
+    measurement excludes a depth for good.
     """
 
     MEMORY = 0.98  # weight of a round among the acceptances, relative to the next one
@@ -95,15 +97,21 @@ class Adaptive:
         depth = self.best()
         self.rounds += 1
         if self.rounds % self.PROBE == 0:
-            step = 1 if self.rounds % (2 * self.PROBE) or depth == 0 else -1
-            depth = min(depth + step, self.limit)
+            probes = [depth + 1, depth - 1, 0] if depth else [1]
+            depth = min(probes[self.rounds // self.PROBE % len(probes)], self.limit)
         return useful(rows, [depth] * len(rows))
 
     def best(self) -> int:
         """The depth of the highest expected rate; 0 until a plain step has been timed."""
-        if 1 not in self.verify:
+        if not self.verify.get(1):
             return 0
-        rates = [self.tokens(depth) / self.seconds(depth) for depth in range(self.limit + 1)]
+        measured = {size: median_low(times) for size, times in self.verify.items() if times}
+        draft, rest = median(self.draft) if self.draft else 0.0, median(self.rest)
+        rates = []
+        for depth in range(self.limit + 1):
+            nearest = max(size for size in measured if size <= depth + 1)
+            verify = min(seconds for size, seconds in measured.items() if size >= nearest)
+            rates.append(self.tokens(depth) / (verify + depth * draft + rest))
         return max(range(self.limit + 1), key=rates.__getitem__)
 
     def tokens(self, depth: int) -> float:
@@ -113,21 +121,18 @@ class Adaptive:
             expected += reach
         return expected
 
-    def seconds(self, depth: int) -> float:
-        verify = max(median(self.verify[size]) for size in self.verify if size <= depth + 1)
-        draft = median(self.draft) if self.draft else 0.0
-        return verify + depth * draft + median(self.rest)
-
     def observe(self, outcome: Outcome) -> None:
-        deepest = max(outcome.drafted)
-        for i in range(min(deepest, self.limit)):
-            pairs = list(zip(outcome.drafted, outcome.accepted, strict=True))
+        pairs = list(zip(outcome.drafted, outcome.accepted, strict=True))
+        for i in range(min(max(outcome.drafted), self.limit)):
             self.tries[i] = self.tries[i] * self.MEMORY + sum(d > i and a >= i for d, a in pairs)
             self.hits[i] = self.hits[i] * self.MEMORY + sum(d > i and a > i for d, a in pairs)
-        self.verify.setdefault(outcome.nodes, deque(maxlen=self.WINDOW)).append(outcome.verify_seconds)
+        if outcome.nodes in self.verify:
+            self.verify[outcome.nodes].append(outcome.verify_seconds)
+        else:
+            self.verify[outcome.nodes] = deque(maxlen=self.WINDOW)
         self.rest.append(outcome.other_seconds)
-        if deepest:
-            self.draft.append(outcome.draft_seconds / deepest)
+        if outcome.nodes > 1:
+            self.draft.append(outcome.draft_seconds / (outcome.nodes - 1))
 
     def admit(self, row: int) -> None:
         pass
