@@ -17,6 +17,7 @@ from forerun.accept import choose
 from forerun.draft import NoDraft
 from forerun.engine import Engine
 from forerun.model import Target
+from forerun.packed import pack
 from forerun.types import Request, Sampling, complete
 from prepare import SOURCES
 from train import Student, build, update
@@ -103,6 +104,7 @@ def main() -> None:
     arguments = parser.parse_args()
     out = arguments.out
     target = LlamaForCausalLM.from_pretrained(out / "target", dtype=torch.float32).eval().requires_grad_(False)
+    pack(target)
     arrays = {name: np.load(out / f"{name}.npy", mmap_mode="r") for name in SOURCES}
     held_out = np.load(out / "held_out.npy")
     if not (out / "written.npz").exists():

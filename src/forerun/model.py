@@ -111,10 +111,15 @@ class Target:
         self.device: torch.device = embedding.device
         self.dtype: torch.dtype = embedding.dtype
         self.prefill_attention = attention if attention == "flash_attention_2" else None
+        layer_kwargs: Any
         layer_types, layer_kwargs = get_layer_types_and_kwargs(text)
         refuse_unserved(model, layer_types)
         self.mask_by_type = getattr(text, "layer_types", None) is not None
-        self.window: int | None = next((kw["sliding_window"] for kw in layer_kwargs if kw.get("sliding_window")), None)
+        each = layer_kwargs if isinstance(layer_kwargs, list) else [layer_kwargs]  # one for all before transformers 5.17
+        windows = {kwargs["sliding_window"] for kwargs in each if kwargs.get("sliding_window")}
+        if len(windows) > 1:
+            raise UserError(f"{type(model).__name__} has windows of several sizes ({sorted(windows)}), which cannot be served")
+        self.window: int | None = next(iter(windows), None)
         self.layer_types = set(layer_types)
         if text._attn_implementation == "sdpa":
             register()
@@ -201,12 +206,13 @@ class Target:
         return out.logits, self._hidden(out)
 
     def _wanted(self) -> dict[str, Any]:
-        return {"use_cache": True} | ({"output_hidden_states": self.features} if self.features else {})
+        # All of them: which layer an index in a list means changed between transformers 5.19 and 5.23.
+        return {"use_cache": True, "output_hidden_states": bool(self.features)}
 
     def _hidden(self, out: Any) -> Tensor | None:
         if not self.features:
             return None
-        return torch.cat([states.to(self.device) for states in out.hidden_states if states is not None], -1)
+        return torch.cat([out.hidden_states[i].to(self.device) for i in self.features], -1)
 
 
 def tree_mask(lengths_B: Tensor, ancestors_BNN: Tensor, read: int) -> Tensor:
@@ -225,8 +231,11 @@ def refuse_unserved(model: PreTrainedModel, layer_types: Sequence[str]) -> None:
         raise UserError(f"{name}: layers of type {', '.join(other)} cannot be served; full and sliding-window ones can")
     if getattr(model.config, "is_encoder_decoder", False):
         raise UserError(f"{name} is an encoder-decoder; only decoder-only causal LMs can be served")
-    if getattr(model.config.get_text_config(decoder=True), "kv_lora_rank", None):
+    text = model.config.get_text_config(decoder=True)
+    if getattr(text, "kv_lora_rank", None):
         raise UserError(f"{name} uses multi-head latent attention, which the cache cannot serve yet")
+    if getattr(text, "num_kv_shared_layers", 0) or getattr(text, "kv_sharing_modes", None):
+        raise UserError(f"{name} shares keys and values between layers, which the cache cannot serve yet")
 
 
 @torch.inference_mode()
