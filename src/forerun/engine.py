@@ -138,7 +138,7 @@ class Engine:
         began = time.perf_counter()
         deltas += self._admit()
         self._phases = replace(self._phases, prefill=self._phases.prefill + time.perf_counter() - began)
-        if any(self.rows):
+        if not deltas and any(self.rows):  # a first token is told at once: it must not wait for a round
             deltas += self._round()
         if self.debug:
             self._check()
