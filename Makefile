@@ -10,8 +10,6 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 OUT ?= runs/demo
 
-# Idle worker threads that spin take the core another process needs; they sleep instead.
-export OMP_WAIT_POLICY := PASSIVE
 export TOKENIZERS_PARALLELISM := false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -29,10 +27,11 @@ $(STAMP): pyproject.toml constraints.txt
 install: $(STAMP)
 
 demo: $(STAMP)
-	$(BIN)/forerun bench --out $(OUT)
+	$(BIN)/forerun bench --out $(OUT) --overwrite
 
+# Idle worker threads that spin take the core another process needs; here they sleep instead.
 test: $(STAMP)
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest $(ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -80,7 +80,7 @@ def test_one_product_serves_the_siblings_and_nothing_outlives_the_pass():
     for layer in (packed.k_proj, packed.q_proj, packed.v_proj):
         layer(states)
     assert len(products) == 1
-    assert shared.source is None and shared.parts == [None] * 3
+    assert shared.memo.source is None and shared.memo.parts == [None] * 3
 
 
 def test_packing_twice_changes_nothing_and_others_are_left_alone():
@@ -158,4 +158,4 @@ def test_a_packed_model_is_traced_without_a_break():
     tokens = torch.randint(0, models.VOCABULARY, (1, 3))
     forward = torch.compile(lambda ids: model(ids, use_cache=False).logits, fullgraph=True, backend="aot_eager")
     assert error(forward(tokens), model(tokens, use_cache=False).logits) < 1e-6
-    assert all(module.source is None for module in shared)
+    assert all(module.memo.source is None for module in shared)

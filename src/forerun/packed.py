@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from dataclasses import dataclass
 from typing import TypeGuard
 
 import torch
@@ -130,15 +131,22 @@ class Prepacked(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
 
+@dataclass
+class Memo:
+    """The parts of the last product that are still to be taken; apart from its module, whose attributes are slow to set."""
+
+    parts: list[Tensor | None]
+    source: Tensor | None = None
+    version: int = 0
+
+
 class Shared(nn.Module):
     """One product for several layers that are called, one after another, with the same tensor."""
 
     def __init__(self, product: nn.Module, sizes: list[int]) -> None:
         super().__init__()
         self.product, self.sizes = product, sizes
-        self.source: Tensor | None = None
-        self.version = 0
-        self.parts: list[Tensor | None] = [None] * len(sizes)
+        self.memo = Memo([None] * len(sizes))
 
     def take(self, index: int, states: Tensor) -> Tensor:
         """A part of the product of `states`; computed at the first call, handed out once a layer, then forgotten.
@@ -146,15 +154,16 @@ class Shared(nn.Module):
         Each layer may be called in any order, any number of times, with any tensor. Only a tensor that is overwritten in
         place between its siblings' calls goes unnoticed, and that only in inference mode, where tensors have no version.
         """
-        part = self.parts[index]
-        if part is None or states is not self.source or version_of(states) != self.version:
-            self.parts = list(self.product(states).split(self.sizes, -1))
-            self.source, self.version = states, version_of(states)
-            part = self.parts[index]
+        memo = self.memo
+        part = memo.parts[index]
+        if part is None or states is not memo.source or version_of(states) != memo.version:
+            memo.parts = list(self.product(states).split(self.sizes, -1))
+            memo.source, memo.version = states, version_of(states)
+            part = memo.parts[index]
         assert part is not None
-        self.parts[index] = None
-        if all(other is None for other in self.parts):
-            self.source = None  # or the activation would outlive the pass
+        memo.parts[index] = None
+        if all(other is None for other in memo.parts):
+            memo.source = None  # or the activation would outlive the pass
         return part
 
 
