@@ -164,9 +164,11 @@ def test_scores_that_are_not_numbers_are_an_error_of_one_line() -> None:
     broken.model.layers[1].mlp.down_proj.weight.data[0, 0] = float("nan")
     backend = Engine(Target(broken), NoDraft(), choose("auto", False), capacity=64)
     backend.submit(Request("a", PROMPT, Sampling(max_new=4)))
+    assert [delta.finish for delta in backend.step()] == ["cancelled"]
     with pytest.raises(UserError, match="not finite") as caught:
         backend.step()
     assert "\n" not in str(caught.value)
+    assert not backend.busy
 
 
 def test_a_fault_in_mid_flight_ends_its_rows_and_keeps_what_was_told() -> None:
@@ -177,13 +179,14 @@ def test_a_fault_in_mid_flight_ends_its_rows_and_keeps_what_was_told() -> None:
     for id in ("a", "b"):
         backend.submit(Request(id, PROMPT, Sampling(max_new=9)))
     backend.step()
-    healthy = model.lm_head.weight.data.clone()
-    model.lm_head.weight.data[0, 0] = float("nan")
+    weight = model.model.layers[0].self_attn.k_proj.weight.data  # keys that are not numbers reach the cache
+    healthy = weight.clone()
+    weight[0, 0] = float("nan")
     assert {d.finish for d in backend.step()} == {"cancelled"}
     assert backend.busy
     with pytest.raises(UserError, match="not finite"):
         backend.step()
-    model.lm_head.weight.data.copy_(healthy)
+    weight.copy_(healthy)
     [done] = complete(backend, [Request("c", PROMPT, Sampling(max_new=9))])
     assert list(done.tokens) == plain_greedy(tiny("llama"), PROMPT, 9)
 

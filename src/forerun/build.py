@@ -6,7 +6,15 @@ from typing import TYPE_CHECKING
 
 from forerun.accept import choose
 from forerun.backends.reference import Reference
-from forerun.config import DrafterConfig, DraftModelConfig, ModelConfig, NGramConfig, Variant
+from forerun.config import (
+    DrafterConfig,
+    DraftModelConfig,
+    EngineConfig,
+    ModelConfig,
+    NGramConfig,
+    NoDraftConfig,
+    Variant,
+)
 from forerun.draft import Drafter, DraftModel, NGram, NoDraft, build_policy
 from forerun.engine import Engine
 from forerun.model import Loaded, Target, load, probe
@@ -18,80 +26,85 @@ if TYPE_CHECKING:
 
 
 class Models:
-    """Every model that was asked for so far, loaded once; a packed and an unpacked one are two."""
+    """Every model that was asked for so far, loaded once; the reference has its own, unpacked and with its own attention."""
 
     def __init__(self) -> None:
-        self.loaded: dict[tuple[ModelConfig, str], Loaded] = {}
+        self.loaded: dict[tuple[ModelConfig, str, str], Loaded] = {}
 
-    def get(self, config: ModelConfig, embedded: str) -> Loaded:
-        key = (config, embedded)
-        if key not in self.loaded:
-            if config.recipes:
-                raise UserError("model.recipes: this version has no compression recipes; leave the list empty")
-            found = load(config, embedded)
-            if config.pack:
-                pack(found.model)
-            self.loaded[key] = found
-        return self.loaded[key]
+    def target(self, config: ModelConfig, backend: str = "forerun") -> Loaded:
+        return self._get(config, "target", backend)
 
-    def target(self, config: ModelConfig) -> Loaded:
-        return self.get(config, "target")
-
-    def draft(self, config: DraftModelConfig, target: ModelConfig) -> Loaded:
+    def draft(self, config: DraftModelConfig, target: ModelConfig, backend: str = "forerun") -> Loaded:
         """The draft goes where the target is; `auto` dtype is the checkpoint's own."""
         own = ModelConfig(
             path=config.path, dtype=config.dtype, weights=config.weights, recipes=config.recipes,
             device=target.device, attention=target.attention, pack=target.pack,
         )  # fmt: skip
-        return self.get(own, "draft")
+        return self._get(own, "draft", backend)
+
+    def _get(self, config: ModelConfig, embedded: str, backend: str) -> Loaded:
+        if config.recipes:
+            raise UserError("recipes: this version has no compression recipes; leave the list empty")
+        key = (config, embedded, backend)
+        if key not in self.loaded:
+            found = load(config, embedded)
+            if config.pack and backend == "forerun":
+                pack(found.model)
+            self.loaded[key] = found
+        return self.loaded[key]
 
 
 def build(variant: Variant, models: Models) -> Backend:
     """The backend of a variant; UserError where its parts do not fit."""
     if variant.backend == "reference":
         return build_reference(variant, models)
-    settings = variant.engine
-    loaded = models.target(variant.model)
-    compiled = settings.compile if isinstance(settings.compile, bool) else loaded.model.device.type == "cuda"
-    target = Target(loaded.model, compile=compiled, attention=variant.model.attention)
-    probe(target)
-    capacity = min(settings.capacity, getattr(target.config, "max_position_embeddings", None) or settings.capacity)
-    drafter = build_drafter(variant.drafter, variant.model, loaded, models, settings.rows, capacity, compiled)
-    rule = choose(variant.rule.kind, drafter.drawn)
+    settings, loaded = variant.engine, models.target(variant.model)
+    target = build_target(loaded, variant)
+    draft = None
+    if isinstance(variant.drafter, DraftModelConfig):
+        drafting = models.draft(variant.drafter, variant.model)
+        refuse_other_vocabulary(loaded, drafting)
+        draft = build_target(drafting, variant)
+    limits = [getattr(one.config, "max_position_embeddings", None) for one in (target, draft) if one is not None]
+    capacity = min([settings.capacity, *(limit for limit in limits if limit)])
+    drafter = build_drafter(variant.drafter, draft, settings, capacity)
     return Engine(
-        target, drafter, rule, rows=settings.rows, capacity=capacity, tokenizer=loaded.tokenizer,
-        eos=end_tokens(loaded.model), chunk=settings.chunk, debug=settings.debug,
+        target, drafter, choose(variant.rule.kind, drafter.drawn), rows=settings.rows, capacity=capacity,
+        tokenizer=loaded.tokenizer, eos=end_tokens(loaded.model), chunk=settings.chunk, debug=settings.debug,
     )  # fmt: skip
 
 
-def build_drafter(
-    config: DrafterConfig, model: ModelConfig, target: Loaded, models: Models, rows: int, capacity: int, compiled: bool
-) -> Drafter:
+def build_target(loaded: Loaded, variant: Variant) -> Target:
+    """`auto` captures graphs on one GPU and compiles nothing on the CPU, where that takes a minute a shape (docs/log.md)."""
+    devices = set((getattr(loaded.model, "hf_device_map", None) or {}).values())
+    captures = loaded.model.device.type == "cuda" and len(devices) <= 1
+    wanted = variant.engine.compile
+    target = Target(loaded.model, compile=captures if wanted == "auto" else wanted, attention=variant.model.attention)
+    probe(target)
+    return target
+
+
+def build_drafter(config: DrafterConfig, draft: Target | None, settings: EngineConfig, capacity: int) -> Drafter:
+    if isinstance(config, NoDraftConfig):
+        return NoDraft()
+    policy = build_policy(config.policy, config.k, settings.rows)
     if isinstance(config, NGramConfig):
-        policy = build_policy(config.policy, config.k, rows)
-        return NGram(policy, rows, config.lookup_min, config.lookup_max)
-    if isinstance(config, DraftModelConfig):
-        loaded = models.draft(config, model)
-        refuse_other_vocabulary(target, loaded)
-        draft = Target(loaded.model, compile=compiled)
-        probe(draft)
-        policy = build_policy(config.policy, config.k, rows)
-        return DraftModel(draft, policy, rows, capacity, config.confidence, config.greedy)
-    return NoDraft()
+        return NGram(policy, settings.rows, config.lookup_min, config.lookup_max)
+    assert draft is not None
+    return DraftModel(draft, policy, settings.rows, capacity, config.confidence, config.greedy, settings.chunk)
 
 
 def build_reference(variant: Variant, models: Models) -> Backend:
     """transformers' own generate on the same weights, never packed."""
-    model = variant.model.model_copy(update={"pack": False})
-    loaded, assistant, ngram = models.target(model), None, None
-    drafter = variant.drafter
+    loaded, drafter = models.target(variant.model, "reference"), variant.drafter
+    assistant = None
     if isinstance(drafter, DraftModelConfig):
-        draft = models.draft(drafter, model)
+        draft = models.draft(drafter, variant.model, "reference")
         refuse_other_vocabulary(loaded, draft)
         assistant = draft.model
     return Reference(
         loaded.model, loaded.tokenizer, assistant=assistant, k=getattr(drafter, "k", 0),
-        lookup=drafter if isinstance(drafter, NGramConfig) else ngram,
+        lookup=drafter if isinstance(drafter, NGramConfig) else None,
         confidence=getattr(drafter, "confidence", 0.0), rows=variant.engine.rows, eos=end_tokens(loaded.model),
     )  # fmt: skip
 

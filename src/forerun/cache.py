@@ -135,3 +135,10 @@ class KVCache(Cache):
 
     def release(self, row: int) -> None:
         self.lengths[row] = 0
+
+    def clear(self, row: int) -> None:
+        """Release a row and wipe it: masking does not help against slots that are not numbers."""
+        self.release(row)
+        for layer in self.slot_layers:
+            for flat in layer.flat:
+                flat[row * self.capacity : (row + 1) * self.capacity] = 0

@@ -96,6 +96,8 @@ class Engine:
             "policy": type(policy).__name__.lower() if (policy := getattr(self.drafter, "policy", None)) else None,
             "rows": len(self.rows),
             "capacity": self.capacity,
+            "tree_size": self.drafter.size,
+            "compile": self.target.mode,
             "weight_bytes": weight_bytes(self.target.model),
             "kv_bytes": self.cache.nbytes or None,
             "dtype": str(self.target.dtype).removeprefix("torch."),
@@ -108,9 +110,11 @@ class Engine:
             raise UserError(f"request {request.id}: the prompt is empty; give at least one token")
         needed = len(prompt) + sampling.max_new + self.drafter.size
         if needed > self.capacity:
+            limit = getattr(self.target.config, "max_position_embeddings", None)
+            more = "" if limit is not None and self.capacity >= limit else "raise engine.capacity, or "
             raise UserError(
                 f"request {request.id}: {len(prompt)} prompt + {sampling.max_new} new + {self.drafter.size} tree tokens are "
-                f"{needed}, more than the capacity of {self.capacity}; raise engine.capacity, or shorten the prompt or max_new"
+                f"{needed}, more than the capacity of {self.capacity}; {more}shorten the prompt or max_new"
             )
         outside = [token for token in (*prompt, *sampling.logit_bias) if not 0 <= token < self.target.vocabulary]
         if outside:
@@ -174,11 +178,7 @@ class Engine:
         )
         self.drafter.observe(batch, outcome)
         deltas = [self._emit(i, round.accepted + 1, round) for i, round in enumerate(rounds) if round]
-        for i, row in enumerate(self.rows):
-            if row and not rounds[i]:
-                self.fault = not_finite(row)
-                deltas.append(Delta(row.request.id, row.index, (), row.text.take(last=True), "cancelled"))
-                self._release(i)
+        deltas += [self._fail(i) for i, row in enumerate(self.rows) if row and not rounds[i]]
         old = self._phases
         self._phases = replace(
             old,
@@ -214,9 +214,12 @@ class Engine:
         """Fill idle rows with waiting requests; prefill yields each one's first token."""
         deltas = []
         for i, row in enumerate(self.rows):
-            while row is None and self.waiting:
-                waiting = self.waiting.popleft()
-                deltas.append(self._start(i, waiting))
+            while row is None and self.waiting and self.fault is None:
+                try:
+                    deltas.append(self._start(i, self.waiting.popleft()))
+                except BaseException:
+                    self.cancelled += deltas  # what the others were given is told by the next step
+                    raise
                 row = self.rows[i]
         return deltas
 
@@ -235,6 +238,8 @@ class Engine:
             ends=frozenset(sampling.stop_ids) | (frozenset() if sampling.ignore_eos else self.eos),
         )
         self.rows[i] = row
+        if not bool(torch.isfinite(scores.logits.max())):
+            return self._fail(i)
         try:
             row.tokens.append(self._first(row, scores.logits))
             self.drafter.admit(i, request.prompt, scores.hidden)
@@ -244,10 +249,19 @@ class Engine:
         self.warp_is_stale = True
         return self._emit(i, 1, None)
 
+    def _fail(self, i: int) -> Delta:
+        """End a row whose scores are not numbers; the next step raises why."""
+        row = self.rows[i]
+        assert row is not None
+        self.fault = UserError(
+            f"request {row.request.id}: the scores are not finite; try model.dtype=float32 or check the weights"
+        )
+        self._release(i)
+        self.cache.clear(i)
+        return Delta(row.request.id, row.index, (), row.text.take(last=True), "cancelled")
+
     def _first(self, row: Running, logits_V: Tensor) -> int:
         """Draw the token after the prompt, by the same law as any other."""
-        if not bool(torch.isfinite(logits_V.max())):
-            raise not_finite(row)
         warp = build_warp([row.sampling], self.target.vocabulary, self.target.device)
         logits_BNV = penalize(logits_V[None, None], warp, self._counts([row]) if row.sampling.penalized else None, None)
         if row.sampling.greedy:
@@ -316,7 +330,3 @@ class Engine:
             length = self.cache.lengths[i]
             committed = len(row.tokens) - 1 if row else 0
             assert length == committed, f"row {i}: {length} slots for {committed} committed tokens"
-
-
-def not_finite(row: Running) -> UserError:
-    return UserError(f"request {row.request.id}: the scores are not finite; try model.dtype=float32 or check the weights")

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import get_layer_types_and_kwargs
+from transformers.utils.import_utils import is_flash_attn_2_available
 
 from forerun.attention import GROUPED, register
 from forerun.cache import KVCache
@@ -51,7 +52,7 @@ def load(config: ModelConfig, embedded: str = "target") -> Loaded:
     device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
     try:
         settings = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # not a config, a field of a wrong type, no such model on the hub: no common base class
         raise UserError(f"model {path!r} cannot be read: {first_line(error)}; give a folder or a hub id") from error
     kwargs: dict[str, Any] = {"dtype": "auto" if config.dtype == "auto" else getattr(torch, config.dtype)}
     kwargs["attn_implementation"] = verify_attention(settings, config.attention)
@@ -59,20 +60,20 @@ def load(config: ModelConfig, embedded: str = "target") -> Loaded:
         if config.weights == "random":
             if config.dtype == "auto":
                 kwargs["dtype"] = getattr(settings, "dtype", None) or torch.float32
-            torch.manual_seed(0)
-            with torch.device(device):
+            with torch.random.fork_rng(), torch.device(device):
+                torch.manual_seed(0)
                 model: PreTrainedModel = AutoModelForCausalLM.from_config(settings, **kwargs)
         elif device in ("balanced", "sequential"):
             model = AutoModelForCausalLM.from_pretrained(path, device_map=device, **kwargs)
         else:
             model = AutoModelForCausalLM.from_pretrained(path, **kwargs)
             model.to(torch.device(device))  # type: ignore[arg-type]
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"model {path!r} cannot be loaded: {first_line(error)}") from error
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
-        if isinstance(error, torch.cuda.OutOfMemoryError):
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except Exception as error:  # a cut-off file, a wrong type in a config, a missing device: no common base class
+        if "DefaultCPUAllocator" in str(error):
             raise
-        raise UserError(f"model {path!r} cannot be put on {device!r}: {first_line(error)}") from error
+        raise UserError(f"model {path!r} cannot be loaded on {device!r}: {first_line(error)}") from error
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except Exception as error:  # noqa: BLE001 a geometry without a tokenizer is fine: prompts are token ids then
@@ -111,6 +112,8 @@ class Target:
         self.device: torch.device = embedding.device
         self.dtype: torch.dtype = embedding.dtype
         self.prefill_attention = attention if attention == "flash_attention_2" else None
+        if self.prefill_attention and not is_flash_attn_2_available():
+            raise UserError("model.attention=flash_attention_2 needs flash-attn and a GPU: pip install 'forerun[flash]'")
         layer_kwargs: Any
         layer_types, layer_kwargs = get_layer_types_and_kwargs(text)
         refuse_unserved(model, layer_types)
@@ -246,12 +249,13 @@ def probe(target: Target) -> None:
     try:
         plain_TV = target.model(input_ids=torch.tensor([ids], device=target.device), use_cache=False).logits[0].double()
         cache = target.new_cache(1, 16)
+        cache.graph = Graph(partial(target._forward, cache), False)  # not worth a compilation
         first_V = target.prefill(ids[:5], cache, 0, chunk=3).logits.double()
         # Node 1 is a decoy beside the true continuation 2 -> 3; which token it is must not matter to them.
         parents_BN = torch.tensor([[0, 0, 0, 2]], device=target.device)
         decoys = [torch.tensor([[ids[5], decoy, ids[6], ids[7]]], device=target.device) for decoy in (ids[0], ids[1])]
         tree_NV, other_NV = (target.verify(Tree(t, parents_BN, 2), cache).logits[0, [0, 2, 3]].double() for t in decoys)
-    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
+    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError, ImportError) as error:
         raise UserError(f"{name} cannot be served: it does not take our cache and masks ({first_line(error)})") from error
     # What is added to all of a position's scores changes no probability.
     ours_TV, plain_TV = (s - s.mean(-1, keepdim=True) for s in (torch.cat([first_V[None], tree_NV]), plain_TV[4:8]))

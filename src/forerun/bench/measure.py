@@ -257,7 +257,7 @@ def serve(
     flying = 0
     stirred = time.perf_counter()
     try:
-        while waiting or flying:
+        while waiting or flying or backend.busy:  # a backend may still have a fault to tell after its last delta
             while waiting and flying < rows:
                 one = waiting.popleft()
                 sent[one.id] = time.perf_counter()
@@ -279,6 +279,8 @@ def serve(
         for id in sent:
             if left[id]:
                 backend.cancel(id)
+        while backend.busy:
+            backend.step()
         raise
     return got
 

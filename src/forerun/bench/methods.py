@@ -34,12 +34,10 @@ def maker() -> Maker:
     models = Models()
 
     def loaded(variant: Variant) -> Loaded:
-        # The reference runs on unpacked weights: asking for the packed model would load a second one.
-        unpacked = variant.backend == "reference"
-        return models.target(variant.model.model_copy(update={"pack": False}) if unpacked else variant.model)
+        return models.target(variant.model, variant.backend)
 
     return Maker(
         build=lambda variant: build(variant, models),
-        vocabulary=lambda variant: int(loaded(variant).model.get_output_embeddings().weight.shape[0]),
+        vocabulary=lambda variant: int(loaded(variant).model.get_output_embeddings().out_features),
         tokenizer=lambda variant: loaded(variant).tokenizer,
     )

@@ -28,15 +28,22 @@ class DraftModel:
     features: tuple[int, ...] = ()
 
     def __init__(
-        self, target: Target, policy: LengthPolicy, rows: int, capacity: int, confidence: float = 0.0, greedy: bool = False
+        self,
+        target: Target,
+        policy: LengthPolicy,
+        rows: int,
+        capacity: int,
+        confidence: float = 0.0,
+        greedy: bool = False,
+        chunk: int = 512,
     ) -> None:
         self.target, self.policy, self.confidence, self.greedy = target, policy, confidence, greedy
         self.depth, self.size = policy.limit, policy.limit + 1
         self.drawn = not greedy
-        self.cache = target.new_cache(rows, capacity)
+        self.cache, self.chunk = target.new_cache(rows, capacity), chunk
 
     def admit(self, row: int, prompt: Sequence[int], hidden_TH: Tensor | None) -> None:
-        self.target.prefill(prompt, self.cache, row)
+        self.target.prefill(prompt, self.cache, row, self.chunk)
         self.policy.admit(row)
 
     def propose(self, batch: Batch) -> Tree:
@@ -69,6 +76,9 @@ class DraftModel:
 
     def _first_pass(self, batch: Batch) -> Tensor:
         """Feed what the cache lacks, up to and with the pending token; returns logits after it, [B, V]."""
+        # A round that broke off may have left drafted tokens counted: at least the pending one is fed.
+        ends = [len(row.tokens) - 1 if row else 0 for row in batch.rows]
+        self.cache.lengths = [min(pair) for pair in zip(self.cache.lengths, ends, strict=True)]
         lacking = [row.tokens[length:] if row else [0] for row, length in zip(batch.rows, self.cache.lengths, strict=True)]
         width = max(map(len, lacking))
         width = width if width <= 2 else 1 << (width - 1).bit_length()  # few shapes

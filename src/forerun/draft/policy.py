@@ -81,13 +81,13 @@ class Adaptive:
     """
 
     MEMORY = 0.98  # weight of a round among the acceptances, relative to the next one
+    PRIOR = 0.7  # acceptance before anything was drafted
     WINDOW = 9  # rounds a median looks back
     PROBE = 24
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        # One imaginary try, 0.6 of it accepted: enough to start with, soon outweighed.
-        self.tries, self.hits = [1.0] * limit, [0.6] * limit
+        self.tries, self.hits = [0.0] * limit, [0.0] * limit
         self.draft: deque[float] = deque(maxlen=self.WINDOW)
         self.verify: dict[int, deque[float]] = {}
         self.rest: deque[float] = deque(maxlen=self.WINDOW)
@@ -115,9 +115,12 @@ class Adaptive:
         return max(range(self.limit + 1), key=rates.__getitem__)
 
     def tokens(self, depth: int) -> float:
-        expected, reach = 1.0, 1.0
+        """Expected tokens of a round of this depth. A position starts from what the one before it accepts (the first from
+        PRIOR), as one imaginary try: else a depth never tried would look as bad as any prior, and never be tried."""
+        expected, reach, rate = 1.0, 1.0, self.PRIOR
         for i in range(depth):
-            reach *= self.hits[i] / self.tries[i]
+            rate = (self.hits[i] + rate) / (self.tries[i] + 1)
+            reach *= rate
             expected += reach
         return expected
 
