@@ -17,7 +17,7 @@ help:
 	@sed -n 1p $(firstword $(MAKEFILE_LIST))
 
 # The stamp stands for a finished installation: it is remade when the requirements or the versions change.
-# torch is pinned, so that the index's own CPU build is taken; PIP_EXTRA_INDEX_URL names one where it has none.
+# torch is pinned; where the index's build of that version brings CUDA along, PIP_EXTRA_INDEX_URL can name an index of CPU builds.
 $(STAMP): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "forerun needs Python 3.11 or newer: install one, or name it: make PYTHON=/path/to/python3.11"; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

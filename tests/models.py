@@ -49,7 +49,7 @@ BUILDERS = {
     "gemma3": lambda **kw: Gemma3ForCausalLM(Gemma3TextConfig(**SIZES | MIXED | {"head_dim": 8} | kw)),
     "phi3": lambda **kw: Phi3ForCausalLM(Phi3Config(**SIZES | kw)),
     "gpt2": lambda **kw: GPT2LMHeadModel(
-        GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=256, **NO_SPECIAL | kw)
+        GPT2Config(**{"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256, **NO_SPECIAL} | kw)
     ),
     "gpt-neox": lambda **kw: GPTNeoXForCausalLM(
         GPTNeoXConfig(**{k: v for k, v in SIZES.items() if k != "num_key_value_heads"} | kw)

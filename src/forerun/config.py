@@ -169,6 +169,9 @@ class Experiment(Variant):
                 point = dict(zip(self.axes, values, strict=True))
                 if any(all(point.get(key) == value for key, value in cut.items()) for cut in self.excludes):
                     continue
+                if kind_of_drafter(base, overrides) == "none" and "drafter.kind" not in point:
+                    # Plain decoding is one variant, whatever the drafters beside it vary.
+                    point = {key: value for key, value in point.items() if not key.startswith("drafter.")}
                 label = ",".join(f"{key}={value}" for key, value in point.items())
                 full = label if not self.variants and label else name + ("," + label if label else "")
                 found[full] = parse(Variant, merge(merge(base, overrides), nest(point)), f"variant {full!r}")
@@ -180,6 +183,11 @@ class Experiment(Variant):
         """The named baseline, else `plain`, else the first variant."""
         names = list(self.expand())
         return self.baseline or ("plain" if "plain" in names else names[0])
+
+
+def kind_of_drafter(base: dict[str, Any], overrides: dict[str, Any]) -> str:
+    kind = str(merge(base, overrides)["drafter"]["kind"])
+    return METHODS.get(kind, kind)
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

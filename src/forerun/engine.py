@@ -110,11 +110,10 @@ class Engine:
             raise UserError(f"request {request.id}: the prompt is empty; give at least one token")
         needed = len(prompt) + sampling.max_new + self.drafter.size
         if needed > self.capacity:
-            limit = getattr(self.target.config, "max_position_embeddings", None)
-            more = "" if limit is not None and self.capacity >= limit else "raise engine.capacity, or "
             raise UserError(
                 f"request {request.id}: {len(prompt)} prompt + {sampling.max_new} new + {self.drafter.size} tree tokens are "
-                f"{needed}, more than the capacity of {self.capacity}; {more}shorten the prompt or max_new"
+                f"{needed}, more than the capacity of {self.capacity}; shorten the prompt or max_new, or raise engine.capacity "
+                "(max_position_embeddings of target and draft bound it)"
             )
         outside = [token for token in (*prompt, *sampling.logit_bias) if not 0 <= token < self.target.vocabulary]
         if outside:

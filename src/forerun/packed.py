@@ -17,6 +17,7 @@ from torch.nn import functional
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("query", "key", "value"), ("w1", "w3"))
 """Names of projections of one parent that read the same tensor; a wrong guess costs time, never correctness (`Part`)."""
 
+# The one piece of state outside objects: a compiled program cannot hold an opaque tensor, so it names its layer by number.
 _layouts: weakref.WeakValueDictionary[int, Prepacked] = weakref.WeakValueDictionary()
 _numbers = itertools.count()
 

@@ -71,17 +71,3 @@ def chain_parents(lengths: list[int], depth: int, device: torch.device) -> Tenso
         return (torch.arange(depth + 1, device=device) - 1).clamp_min(0).expand(len(lengths), -1)
     rows = [[0, *range(length), *[PADDING] * (depth - length)] for length in lengths]
     return torch.tensor(rows, dtype=torch.long, device=device)
-
-
-def static(choices: list[tuple[int, ...]]) -> tuple[list[int], list[tuple[int, int]]]:
-    """Parents, and (depth, rank) picks, of a static tree in Medusa's notation: (0, 1) is the second choice below the first.
-
-    Returns the parent of every node (node 0 included) and for nodes 1.. which head (depth - 1) and which of its top
-    tokens the node takes. A choice whose prefix is missing is a ValueError.
-    """
-    nodes = sorted(set(choices), key=lambda choice: (len(choice), choice))
-    index = {(): 0} | {choice: i + 1 for i, choice in enumerate(nodes)}
-    missing = [choice for choice in nodes if choice[:-1] not in index]
-    if missing:
-        raise ValueError(f"choice {missing[0]} has no parent in the tree")
-    return [0] + [index[choice[:-1]] for choice in nodes], [(len(choice) - 1, choice[-1]) for choice in nodes]

@@ -82,6 +82,7 @@ class Delta:
     """What one step added to completion `index` of request `id`.
 
     `round` is None for the token that prefill yields and for backends that do not tell. `text` holds whole characters only.
+    `at` is when it was made (time.perf_counter), where that is earlier than the step's return; None: at the return.
     """
 
     id: str
@@ -90,6 +91,7 @@ class Delta:
     text: str
     finish: Finish | None = None
     round: Round | None = None
+    at: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,13 +142,6 @@ class Backend(Protocol):
     @property
     def facts(self) -> dict[str, Any]:
         """What a report should say of this backend: rule, lossless, weight_bytes, kv_bytes, compile, policy, ..."""
-
-
-class Scorer(Protocol):
-    """A backend that can score text."""
-
-    def score(self, context: tuple[int, ...], continuation: tuple[int, ...]) -> tuple[float, bool]:
-        """Log-probability of the continuation after the context, nats, and whether it is the greedy one."""
 
 
 def complete(backend: Backend, requests: list[Request]) -> list[Completion]:

@@ -18,8 +18,6 @@ class Match:
 
     name = "match"
     lossless = True
-    needs_probs = False
-    admits_trees = True
 
     def law(self, tree: Tree, p_BNV: Tensor) -> Law:
         parents_BN = tree.parents_BN.clamp_min(0)

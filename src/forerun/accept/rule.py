@@ -46,8 +46,6 @@ class Rule(Protocol):
 
     name: str
     lossless: bool
-    needs_probs: bool  # the rule uses the law that drafts were drawn from
-    admits_trees: bool  # False: chains only
 
     def law(self, tree: Tree, p_BNV: Tensor) -> Law: ...
 

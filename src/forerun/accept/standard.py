@@ -14,8 +14,6 @@ class Standard:
 
     name = "standard"
     lossless = True
-    needs_probs = True
-    admits_trees = False
 
     def law(self, tree: Tree, p_BNV: Tensor) -> Law:
         if tree.size == 1:  # nothing was drafted

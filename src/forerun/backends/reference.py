@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import copy
-import queue
-import threading
+import time
 from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -47,15 +45,16 @@ class Job:
         self.count += len(kept)
         self.finish = finish  # type: ignore[assignment]
         text = self.text.take(last=finish is not None)
-        return Delta(self.request.id, self.index, tuple(kept), text, self.finish, round)
+        return Delta(self.request.id, self.index, tuple(kept), text, self.finish, round, time.perf_counter())
 
 
 class Reference:
     """A Backend around `generate`: one request at a time, or, where nothing drafts, static batches of up to `rows`.
 
     A batch is what transformers offers: prompts of requests that sample alike, padded on the left, and no new request until
-    the slowest row is done. `generate` runs in one worker thread so that tokens can be told as they come. Assisted rounds
-    are told too: the drafted tokens are counted where the target's forward pass receives them; the first round is part of
+    the slowest row is done. A step is one call of `generate`, in the caller's own thread, for a second thread would bring a
+    second team of OpenMP workers, which slows every other variant; each delta says when it was made. Assisted rounds are
+    told too: the drafted tokens are counted where the target's forward pass receives them; the first round is part of
     the prefill, as transformers does it. In the last round drafts that transformers cut off count as not accepted.
     """
 
@@ -77,15 +76,11 @@ class Reference:
         self.assisted = self.assistant is not None or self.lookup is not None
         self.rows = 1 if self.assisted else rows
         self.waiting: deque[Job] = deque()
-        self.batch: list[Job] = []
         self.cancelled: list[Delta] = []
-        self.events: queue.SimpleQueue[list[Delta] | BaseException | None] = queue.SimpleQueue()
-        self.lock = threading.Lock()  # a cancel must not fall between a job's last check and its delta
-        self.worker = ThreadPoolExecutor(1, "generate")
 
     @property
     def busy(self) -> bool:
-        return bool(self.waiting or self.batch or self.cancelled)
+        return bool(self.waiting or self.cancelled)
 
     @property
     def phases(self) -> Phases | None:
@@ -120,30 +115,18 @@ class Reference:
             self.waiting.append(Job(request, index, Detokenizer(self.tokenizer, sampling.stop), ends))
 
     def cancel(self, id: str) -> None:
-        with self.lock:
-            for job in [*self.waiting, *self.batch]:
-                if job.request.id == id and job.finish is None:
-                    job.finish = "cancelled"
-                    self.cancelled.append(Delta(id, job.index, (), job.text.take(last=True), "cancelled"))
-            self.waiting = deque(job for job in self.waiting if job.finish is None)
+        ended = [job for job in self.waiting if job.request.id == id]
+        self.cancelled += [Delta(id, job.index, (), "", "cancelled") for job in ended]
+        self.waiting = deque(job for job in self.waiting if job.request.id != id)
 
     def step(self) -> list[Delta]:
-        """What the next forward pass of the target yields; where it ends the batch, `generate` has returned too."""
+        """The completions of one call of `generate`, token by token."""
         deltas, self.cancelled = self.cancelled, []
-        if not self.batch and self.waiting:
-            self.batch = self._gather()
-            self.worker.submit(self._generate, self.batch)
-        if not self.batch:
+        if not self.waiting:
             return deltas
-        event = self.events.get()
-        while event is not None and not isinstance(event, BaseException):
-            deltas += event
-            if any(job.finish is None for job in self.batch):
-                return deltas
-            event = self.events.get()
-        broken, self.batch = [job for job in self.batch if job.finish is None], []
-        if event is not None:
-            raise event
+        jobs = self._gather()
+        deltas += self._run(jobs)
+        broken = [job for job in jobs if job.finish is None]
         if broken:
             raise RuntimeError(f"transformers ended {broken[0].request.id} before its end")
         return deltas
@@ -156,22 +139,14 @@ class Reference:
             found.append(self.waiting.popleft())
         return found
 
-    def _generate(self, jobs: list[Job]) -> None:
-        """In the worker thread: run `generate` for a batch; its end, or what it raised, is the last event."""
-        try:
-            self._run(jobs)
-            self.events.put(None)
-        except BaseException as error:  # noqa: BLE001 - whatever it is, it is raised where step waits
-            self.events.put(error)
-
-    def _run(self, jobs: list[Job]) -> None:
+    def _run(self, jobs: list[Job]) -> list[Delta]:
         device, sampling = self.model.device, jobs[0].request.sampling
         longest = max(len(job.request.prompt) for job in jobs)
         pads = [longest - len(job.request.prompt) for job in jobs]
         padded = [[0] * pad + list(job.request.prompt) for pad, job in zip(pads, jobs, strict=True)]
         ids_BT = torch.tensor(padded, device=device)
         mask_BT = torch.tensor([[0] * pad + [1] * (longest - pad) for pad in pads], device=device)
-        relay = Relay(self.model, jobs, self.events, self.lock, longest if self.assisted else None)
+        relay = Relay(self.model, jobs, longest if self.assisted else None)
         extra = {"assistant_model": self.assistant} if self.assistant is not None else {}
         hook = self.model.register_forward_pre_hook(relay.count_drafted, with_kwargs=True) if self.assisted else None
         cuda = [device] if device.type == "cuda" else []
@@ -186,6 +161,7 @@ class Reference:
         finally:
             if hook is not None:
                 hook.remove()
+        return relay.deltas
 
     def _settings(self, jobs: list[Job]) -> GenerationConfig:
         """Everything is said explicitly: what is left out, transformers takes from the checkpoint's own generation config."""
@@ -216,15 +192,9 @@ class Reference:
 class Relay:
     """What `generate` talks to: a streamer that turns its tokens into deltas, and the criterion that ends its rows."""
 
-    def __init__(
-        self,
-        target: PreTrainedModel,
-        jobs: list[Job],
-        events: queue.SimpleQueue[Any],
-        lock: threading.Lock,
-        assisted_prompt: int | None,
-    ) -> None:
-        self.target, self.jobs, self.events, self.lock = target, jobs, events, lock
+    def __init__(self, target: PreTrainedModel, jobs: list[Job], assisted_prompt: int | None) -> None:
+        self.target, self.jobs = target, jobs
+        self.deltas: list[Delta] = []
         self.assisted = assisted_prompt is not None
         self.known = assisted_prompt or 0  # positions of the next pass that are not drafts
         self.drafted = 0
@@ -242,13 +212,10 @@ class Relay:
         if not self.begun:
             self.begun = True
             return
-        deltas = []
-        with self.lock:
-            for job, tokens in zip(self.jobs, value.reshape(len(self.jobs), -1).tolist(), strict=True):
-                if job.finish is None:
-                    round = Round(self.drafted, len(tokens) - 1, self.drafted + 1) if self.assisted else None
-                    deltas.append(job.push(tokens, round))
-        self.events.put(deltas)
+        for job, tokens in zip(self.jobs, value.reshape(len(self.jobs), -1).tolist(), strict=True):
+            if job.finish is None:
+                round = Round(self.drafted, len(tokens) - 1, self.drafted + 1) if self.assisted else None
+                self.deltas.append(job.push(tokens, round))
 
     def end(self) -> None:
         """Part of a streamer; the end of `generate` itself is what counts."""

@@ -8,6 +8,7 @@ import re
 import signal
 import threading
 import time
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -168,13 +169,19 @@ def prepare(lanes: list[Lane], baseline: str, experiment: Experiment, maker: Mak
         lane.folder.mkdir(exist_ok=True)
         with console.status(f"{lane.name}: building and warming up"), guarded(lane, baseline):
             lane.backend = maker.build(lane.variant)
-            room = lane.variant.engine.capacity - lane.variant.sampling.max_new
+            room = room_for_prompts(lane.backend.facts, lane.variant)
             vocabulary = maker.vocabulary(lane.variant)
             lane.prompts = workload.load(experiment.workload, lane.backend.tokenizer, vocabulary, room)
             for i in range(experiment.warmup):
                 prompt = lane.prompts[i % len(lane.prompts)]
                 serve(lane.backend, [request(prompt, lane.variant, experiment, f"warm-up {i}")], 1)
             lane.facts = lane.backend.facts
+
+
+def room_for_prompts(facts: dict[str, Any], variant: Variant) -> int:
+    """Prompt tokens that fit: what the model and the tree leave of the capacity."""
+    capacity = facts.get("capacity", variant.engine.capacity)
+    return int(capacity) - variant.sampling.max_new - int(facts.get("tree_size", 0))
 
 
 def rotate(lanes: list[Lane], baseline: str, experiment: Experiment, console: Console) -> None:
@@ -215,10 +222,18 @@ def request(prompt: Prompt, variant: Variant, experiment: Experiment, id: str) -
     return Request(id, prompt.tokens, sampling)
 
 
+def reseed(one: Request, repeat: int) -> Request:
+    """Every prompt and repeat draws numbers of its own, the same ones in every run and variant."""
+    if one.sampling.seed is None:
+        return one
+    own = zlib.crc32(one.id.encode()) + one.sampling.seed + repeat
+    return dataclasses.replace(one, sampling=dataclasses.replace(one.sampling, seed=own))
+
+
 def measure_chunk(lane: Lane, prompts: Sequence[Prompt], experiment: Experiment, repeat: int, file: TextIO) -> None:
     """Serve some prompts and keep what came, on disk too. Only the serving is on the clock."""
     assert lane.backend is not None
-    requests = [request(prompt, lane.variant, experiment, f"{prompt.id}#{repeat}") for prompt in prompts]
+    requests = [reseed(request(p, lane.variant, experiment, f"{p.id}#{repeat}"), repeat) for p in prompts]
     before, meter = lane.backend.phases, hardware.Meter(str(lane.facts.get("device", "cpu")))
     began = time.perf_counter()
     served = serve(lane.backend, requests, lane.variant.engine.rows)
@@ -266,7 +281,10 @@ def serve(
             deltas = backend.step()
             now = time.perf_counter()
             for delta in deltas:
-                got[delta.id, delta.index].append((now - sent[delta.id], delta))
+                if delta.id not in sent:  # the end of a request that an earlier call had to leave
+                    continue
+                made = now if delta.at is None else delta.at
+                got[delta.id, delta.index].append((made - sent[delta.id], delta))
                 left[delta.id] -= delta.finish is not None
                 flying -= delta.finish is not None and left[delta.id] == 0
                 if tell is not None:
@@ -279,15 +297,13 @@ def serve(
         for id in sent:
             if left[id]:
                 backend.cancel(id)
-        while backend.busy:
-            backend.step()
         raise
     return got
 
 
 def to_record(prompt: Prompt, repeat: int, index: int, arrivals: Arrivals) -> Record:
     came = [(at, delta) for at, delta in arrivals if delta.tokens]
-    if not came or (finish := arrivals[-1][1].finish) is None:
+    if not came or (finish := arrivals[-1][1].finish) is None or finish == "cancelled":
         raise RuntimeError(f"prompt {prompt.id!r}: the backend ended it without a token or a reason")
     told = [(delta.round, len(delta.tokens)) for _, delta in came if delta.round is not None]
     # The token that prefill yields has no round; every later delta has one where the backend tells.

@@ -52,7 +52,7 @@ def resident_peak() -> int | None:
 
 def main() -> None:
     from forerun.bench import workload
-    from forerun.bench.measure import request, serve
+    from forerun.bench.measure import request, room_for_prompts, serve
     from forerun.bench.methods import maker
 
     job = json.load(sys.stdin)
@@ -60,7 +60,7 @@ def main() -> None:
     experiment = parse(Experiment, job["experiment"], "experiment")
     make = maker()
     backend = make.build(variant)
-    room = variant.engine.capacity - variant.sampling.max_new
+    room = room_for_prompts(backend.facts, variant)
     prompts = workload.load(experiment.workload, backend.tokenizer, make.vocabulary(variant), room)
     longest = sorted(prompts, key=lambda prompt: len(prompt.tokens))[-variant.engine.rows :]
     serve(backend, [request(prompt, variant, experiment, prompt.id) for prompt in longest], variant.engine.rows)

@@ -33,7 +33,7 @@ def run(
     quiet: bool = False,
     maker: Maker | None = None,
 ) -> int:
-    """Returns the exit status: 0, or 130 after an interrupt. `maker` stands in for the models in tests."""
+    """Returns the exit status: 0, 1 where a variant failed, 130 after an interrupt. `maker` stands in for models in tests."""
     experiment = plan(words, flags, drafter, method)
     experiment.expand()  # a mistake in a variant shows before anything is loaded
     folder = Path(out or time.strftime("runs/bench-%Y%m%d-%H%M%S"))
@@ -49,7 +49,9 @@ def run(
             if figures["error"] is not None:
                 console.print(f"{name} failed: {figures['error']}", style="red", markup=False, highlight=False)
         console.print(f"{report.headline(summary)}: {folder}/report.html", markup=False, highlight=False)
-    return 130 if summary["status"] == "interrupted" else 0
+    if summary["status"] == "interrupted":
+        return 130
+    return int(any(figures["error"] is not None for figures in summary["variants"].values()))
 
 
 def plan(words: Sequence[str], flags: dict[str, Any], drafter: dict[str, Any], method: str | None) -> Experiment:

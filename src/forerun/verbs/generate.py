@@ -41,7 +41,10 @@ def run(
     if not text:
         raise UserError("the prompt is empty; give it as an argument, as --prompt, or on stdin with -")
     hush_libraries()
-    variant = parse(Variant, experiment.model_dump(include=set(Variant.model_fields)), "command line")
+    settings = experiment.model_dump(include=set(Variant.model_fields))
+    if "seed" not in experiment.sampling.model_fields_set:
+        settings["sampling"]["seed"] = None  # a benchmark repeats itself; a text drawn twice should differ
+    variant = parse(Variant, settings, "command line")
     try:
         backend, records = complete(experiment, variant, text, maker or methods.maker(), not as_json)
     except Exception as error:

@@ -1,0 +1,121 @@
+"""From configuration to a backend: parts that fit, parts that do not, and what a user can get wrong about a model."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from forerun.bench.measure import serve
+from forerun.build import Models, build
+from forerun.config import Variant, load, parse
+from forerun.draft import NoDraft
+from forerun.engine import Engine
+from forerun.types import Request, Sampling, UserError, complete
+from models import prompts, tiny
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A target, and a draft of fewer positions, on disk."""
+    tiny("gpt2", dtype=torch.float32).save_pretrained(tmp_path / "target")
+    tiny("gpt2", seed=1, dtype=torch.float32, n_positions=64).save_pretrained(tmp_path / "draft")
+    return tmp_path
+
+
+def variant(folder: Path, **more: object) -> Variant:
+    model = {"path": str(folder / "target"), "dtype": "float32"}
+    drafter = {"kind": "model", "path": str(folder / "draft"), "dtype": "float32", "k": 3}
+    return parse(Variant, {"model": model, "drafter": drafter, **more}, "test")
+
+
+def test_the_capacity_is_what_the_shorter_model_takes(folder: Path) -> None:
+    backend = build(variant(folder), Models())
+    assert backend.facts["capacity"] == 64
+    with pytest.raises(UserError, match="capacity of 64; shorten"):
+        backend.submit(Request("long", prompts()[0], Sampling(max_new=80)))
+    [done] = complete(backend, [Request("fits", prompts()[0], Sampling(max_new=50))])
+    assert len(done.tokens) == 50
+
+
+def test_the_reference_has_weights_of_its_own(folder: Path) -> None:
+    models = Models()
+    ours, theirs = (build(variant(folder, backend=name), models) for name in ("forerun", "reference"))
+    assert isinstance(ours, Engine)
+    assert ours.target.model.config._attn_implementation != "sdpa"
+    assert models.target(variant(folder).model, "reference").model.config._attn_implementation == "sdpa"
+    requests = [Request("a", prompts()[1], Sampling(max_new=20))]
+    assert complete(ours, requests)[0].tokens == complete(theirs, requests)[0].tokens
+
+
+def test_packed_and_plain_say_the_same(folder: Path) -> None:
+    request = [Request("a", prompts()[1], Sampling(max_new=30))]
+    texts = []
+    for pack in (True, False):
+        own = variant(folder)
+        own = own.model_copy(update={"model": own.model.model_copy(update={"pack": pack})})
+        texts.append(complete(build(own, Models()), request)[0].tokens)
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"recipes": ({"kind": "bnb"},)}, "no compression recipes"),
+        ({"attention": "flash_attention_2"}, "needs flash-attn"),
+        ({"attention": "fast"}, "give auto, sdpa, eager"),
+        ({"device": "cuda:7"}, "cannot be loaded on 'cuda:7'"),
+        ({"path": "./nowhere"}, "no such file or folder"),
+    ],
+)
+def test_what_a_model_cannot_be_is_one_line(folder: Path, change: dict[str, object], message: str) -> None:
+    own = variant(folder)
+    wrong = own.model_copy(update={"model": own.model.model_copy(update=change)})
+    if change.get("device") and torch.cuda.is_available():
+        pytest.skip("this machine may have that device")
+    with pytest.raises(UserError, match=message) as caught:
+        build(wrong, Models())
+    assert "\n" not in str(caught.value)
+
+
+def test_a_checkpoint_cut_short_is_one_line(folder: Path) -> None:
+    weights = folder / "target" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(UserError, match="cannot be loaded") as caught:
+        build(variant(folder), Models())
+    assert "\n" not in str(caught.value)
+
+
+def test_a_config_of_wrong_types_is_one_line(folder: Path) -> None:
+    path = folder / "target" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"n_layer": "two"}))
+    with pytest.raises(UserError, match="cannot be") as caught:
+        build(variant(folder), Models())
+    assert "\n" not in str(caught.value)
+
+
+def test_a_fault_in_mid_flight_reaches_whoever_serves(folder: Path) -> None:
+    backend = build(variant(folder, drafter={"kind": "none"}), Models())
+    assert isinstance(backend, Engine)
+    assert isinstance(backend.drafter, NoDraft)
+    break_at_the_third_pass(backend.target.model)
+    with pytest.raises(UserError, match="not finite"):
+        serve(backend, [Request("a", prompts()[0], Sampling(max_new=20))], 1)
+    [done] = serve(backend, [Request("b", prompts()[0], Sampling(max_new=20))], 1).values()
+    assert done[-1][1].finish == "length"
+
+
+def break_at_the_third_pass(model: PreTrainedModel) -> None:
+    passes = []
+
+    def spoil(module: torch.nn.Module, inputs: object, output: torch.Tensor) -> torch.Tensor:
+        passes.append(1)
+        return output * float("nan") if len(passes) == 3 else output
+
+    model.transformer.wte.register_forward_hook(spoil)
+
+
+def test_axes_of_a_drafter_leave_plain_decoding_one_variant() -> None:
+    overrides = ["variants.plain.drafter.kind=none", "variants.ngram.drafter.kind=ngram", "axes.drafter.k=[1,2]"]
+    assert list(load(None, overrides).expand()) == ["plain", "ngram,drafter.k=1", "ngram,drafter.k=2"]
