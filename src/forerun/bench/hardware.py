@@ -38,7 +38,7 @@ def environment() -> dict[str, Any]:
         "gpus": [gpu(i) for i in range(torch.cuda.device_count())],
         "cuda": torch.version.cuda,
         "environment": {name: os.environ[name] for name in sorted(os.environ) if name.startswith(("OMP_", "MKL_", "TORCH_"))},
-        "command": sys.argv,
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
