@@ -9,10 +9,11 @@ from transformers import PreTrainedModel
 
 from forerun.bench.measure import serve
 from forerun.build import Models, build
-from forerun.config import Variant, load, parse
+from forerun.config import DraftModelConfig, Variant, load, parse
 from forerun.draft import NoDraft
 from forerun.engine import Engine
 from forerun.types import Request, Sampling, UserError, complete
+from forerun.verbs.bench import plan
 from models import prompts, tiny
 
 
@@ -119,3 +120,11 @@ def break_at_the_third_pass(model: PreTrainedModel) -> None:
 def test_axes_of_a_drafter_leave_plain_decoding_one_variant() -> None:
     overrides = ["variants.plain.drafter.kind=none", "variants.ngram.drafter.kind=ngram", "axes.drafter.k=[1,2]"]
     assert list(load(None, overrides).expand()) == ["plain", "ngram,drafter.k=1", "ngram,drafter.k=2"]
+
+
+def test_a_draft_named_by_an_override_is_compared() -> None:
+    words = ["model.path=/models/target", "drafter.kind=model", "drafter.path=/models/draft"]
+    variants = plan(words, {}, {}, None).expand()
+    assert list(variants) == ["plain", "ngram", "model"]
+    assert isinstance(variants["model"].drafter, DraftModelConfig)
+    assert variants["model"].drafter.path == "/models/draft"

@@ -68,7 +68,8 @@ def plan(words: Sequence[str], flags: dict[str, Any], drafter: dict[str, Any], m
         early = [word for word in overrides if word.startswith(("model.", "workload."))]
         said = load(None, early, given)
         once = {"repeats": 1} if said.workload.kind == "demo" else {}  # many prompts: the interval is over them, not repeats
-        compared = methods.compare(wanted(method, said.model.path, of_drafter), of_drafter)
+        drafted = "path" in of_drafter or any(word.startswith("drafter.path=") for word in overrides)
+        compared = methods.compare(wanted(method, said.model.path, drafted), of_drafter)
         return load(None, overrides, once | given | {"variants": compared})
     if method is None:
         kind = {"drafter.kind": "model"} if "path" in of_drafter else {}
@@ -77,9 +78,9 @@ def plan(words: Sequence[str], flags: dict[str, Any], drafter: dict[str, Any], m
     return load(configs[0], overrides, given).model_copy(update={"variants": compared, "baseline": "plain"})
 
 
-def wanted(method: str | None, path: str, drafter: dict[str, Any]) -> Sequence[str]:
+def wanted(method: str | None, path: str, has_draft: bool) -> Sequence[str]:
     """The method asked for, or all that ship; the embedded draft goes with the embedded target only."""
-    draftless = path != EMBEDDED and "path" not in drafter
+    draftless = path != EMBEDDED and not has_draft
     if method is None:
         return [name for name in methods.SHIPPED if not (draftless and name == "model")]
     if METHODS[method] == "model" and draftless:
