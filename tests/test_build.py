@@ -5,13 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from forerun.bench.measure import serve
-from forerun.build import Models, build
+from forerun.build import Models, build, refuse_other_vocabulary
 from forerun.config import DraftModelConfig, Variant, load, parse
 from forerun.draft import NoDraft
 from forerun.engine import Engine
+from forerun.model import Loaded
 from forerun.types import Request, Sampling, UserError, complete
 from forerun.verbs.bench import plan
 from models import prompts, tiny
@@ -128,3 +131,17 @@ def test_a_draft_named_by_an_override_is_compared() -> None:
     assert list(variants) == ["plain", "ngram", "model"]
     assert isinstance(variants["model"].drafter, DraftModelConfig)
     assert variants["model"].drafter.path == "/models/draft"
+
+
+def words(*tokens: str) -> PreTrainedTokenizerFast:
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(vocabulary, unk_token=tokens[0])))
+
+
+def test_another_vocabulary_is_refused_with_sizes_and_the_first_difference() -> None:
+    target = Loaded(tiny("llama"), words("[?]", "sun", "moon"))
+    with pytest.raises(UserError, match=r"\(97 tokens\) is not .* \(97 tokens\); first difference: token 1 is 'sun' .* 'rain'"):
+        refuse_other_vocabulary(target, Loaded(tiny("llama"), words("[?]", "rain", "moon")))
+    with pytest.raises(UserError, match=r"\(50 tokens\) is not the target's \(97 tokens\)"):
+        refuse_other_vocabulary(target, Loaded(tiny("llama", vocab_size=50), None))
+    refuse_other_vocabulary(target, Loaded(tiny("llama", seed=3), words("[?]", "sun", "moon")))

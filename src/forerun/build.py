@@ -119,7 +119,7 @@ def end_tokens(model: PreTrainedModel) -> frozenset[int]:
 
 def refuse_other_vocabulary(target: Loaded, draft: Loaded) -> None:
     """Speculation needs one vocabulary; the error names both sizes and the first token that differs."""
-    sizes = [loaded.model.get_output_embeddings().weight.shape[0] for loaded in (target, draft)]
+    sizes = [loaded.model.get_output_embeddings().out_features for loaded in (target, draft)]
     different = first_difference(target.tokenizer, draft.tokenizer)
     if sizes[0] != sizes[1] or different:
         raise UserError(
