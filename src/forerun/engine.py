@@ -21,9 +21,9 @@ from forerun.draft import Batch, Drafter, Outcome, Row
 from forerun.model import Target
 from forerun.packed import weight_bytes
 from forerun.sampling import Counts, Randomness, build_warp, exponentials, law, path_counts, penalize, race, uniforms
-from forerun.text import Detokenizer
+from forerun.text import Detokenizer, cut
 from forerun.tree import Tree
-from forerun.types import Delta, Finish, Phases, Request, Round, UserError
+from forerun.types import Delta, Phases, Request, Round, UserError
 
 
 @dataclass(frozen=True)
@@ -286,18 +286,10 @@ class Engine:
         """What the last `count` tokens of a row mean outside: cut at the first end, decoded; a finished row is released."""
         row = self.rows[i]
         assert row is not None
-        new = row.tokens[-count:]
-        over = len(row.tokens) - row.prompt_length - row.sampling.max_new
-        kept, finish = (new[: count - over], "length") if over >= 0 else (new, None)
-        end = next((at for at, token in enumerate(kept) if token in row.ends), None)
-        if end is not None:
-            kept, finish = kept[: end + 1], "stop"
-        counted, stopped = row.text.push(kept)
-        if stopped:
-            kept, finish = kept[:counted], "stop"
-        reason: Finish | None = finish  # type: ignore[assignment]
-        delta = Delta(row.request.id, row.index, tuple(kept), row.text.take(last=reason is not None), reason, round)
-        if reason is not None:
+        room = row.remaining + count  # before the new tokens came
+        kept, finish = cut(row.tokens[-count:], room, row.ends, row.text)
+        delta = Delta(row.request.id, row.index, kept, row.text.take(last=finish is not None), finish, round)
+        if finish is not None:
             self._release(i)
         return delta
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from forerun.types import Finish
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -64,3 +66,20 @@ class Detokenizer:
         if tail and not tail.endswith(UNFINISHED):
             self.text += tail
             self.anchor, self.decoded = self.decoded, len(self.tokens)
+
+
+def cut(tokens: Sequence[int], room: int, ends: frozenset[int], text: Detokenizer) -> tuple[tuple[int, ...], Finish | None]:
+    """The new tokens that count, and why the completion is over, if it is; their text is taken in.
+
+    `room` is how many tokens the limit still allows. A token of `ends` counts, and so does the one that completes a stop
+    string; nothing after them does.
+    """
+    kept = tuple(tokens[:room])
+    finish: Finish | None = "length" if len(tokens) >= room else None
+    end = next((at for at, token in enumerate(kept) if token in ends), None)
+    if end is not None:
+        kept, finish = kept[: end + 1], "stop"
+    counted, stopped = text.push(kept)
+    if stopped:
+        kept, finish = kept[:counted], "stop"
+    return kept, finish

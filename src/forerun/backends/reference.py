@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from forerun.config import NGramConfig
-from forerun.text import Detokenizer
+from forerun.text import Detokenizer, cut
 from forerun.types import Delta, Finish, Phases, Request, Round, Sampling, UserError
 
 if TYPE_CHECKING:
@@ -33,19 +33,11 @@ class Job:
     finish: Finish | None = None
 
     def push(self, tokens: Sequence[int], round: Round | None) -> Delta:
-        """Take tokens in, cut at the first end; the same order of checks as the engine's."""
-        room = self.request.sampling.max_new - self.count
-        kept, finish = list(tokens[:room]), ("length" if len(tokens) >= room else None)
-        end = next((at for at, token in enumerate(kept) if token in self.ends), None)
-        if end is not None:
-            kept, finish = kept[: end + 1], "stop"
-        counted, stopped = self.text.push(kept)
-        if stopped:
-            kept, finish = kept[:counted], "stop"
+        """Take tokens in, cut at the first end."""
+        kept, self.finish = cut(tokens, self.request.sampling.max_new - self.count, self.ends, self.text)
         self.count += len(kept)
-        self.finish = finish  # type: ignore[assignment]
-        text = self.text.take(last=finish is not None)
-        return Delta(self.request.id, self.index, tuple(kept), text, self.finish, round, time.perf_counter())
+        text = self.text.take(last=self.finish is not None)
+        return Delta(self.request.id, self.index, kept, text, self.finish, round, time.perf_counter())
 
 
 class Reference:
