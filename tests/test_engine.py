@@ -197,5 +197,5 @@ def test_phases_add_up_and_facts_are_told() -> None:
     phases = backend.phases
     assert min(phases.draft, phases.verify, phases.accept, phases.other) > 0
     assert backend.facts["lossless"] is True
-    assert backend.facts["rule"] == "standard"
+    assert backend.facts["rule"] == "block"
     assert backend.facts["weight_bytes"] == sum(p.nbytes for p in tiny("llama").parameters())

@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from enumerate_law import Process, distance, drawn_chains, ends, first_tokens, random_process, score
 from forerun.accept import Law, Match, Rule, Standard, choose, walk, walk_greedy
+from forerun.accept.block import Block
+from forerun.accept.exact import Process, distance, drawn_chains, ends, first_tokens, random_process, score
+from forerun.accept.multi_round import MultiRound
 from forerun.accept.rule import at_node, follow
 from forerun.sampling import path_counts
 from forerun.tree import PADDING, Tree, chain_parents
@@ -337,10 +339,11 @@ def test_ancestors_by_walking_up() -> None:
 
 
 def test_the_rule_of_a_name() -> None:
-    assert isinstance(choose("auto", drawn=True), Standard)
+    assert isinstance(choose("auto", drawn=True), Block)
+    assert isinstance(choose("auto", drawn=True, trees=True), MultiRound)
     assert isinstance(choose("auto", drawn=False), Match)
     assert isinstance(choose("match", drawn=True), Match)
-    with pytest.raises(UserError, match=r"rule\.kind=typcal"):
+    with pytest.raises(UserError, match="typcal"):
         choose("typcal", drawn=True)
 
 

@@ -68,8 +68,9 @@ def build(variant: Variant, models: Models) -> Backend:
     limits = [getattr(one.config, "max_position_embeddings", None) for one in (target, draft) if one is not None]
     capacity = min([settings.capacity, *(limit for limit in limits if limit)])
     drafter = build_drafter(variant.drafter, draft, settings, capacity)
+    rule = choose(variant.rule, drafter.drawn, trees=drafter.size > drafter.depth + 1)
     return Engine(
-        target, drafter, choose(variant.rule.kind, drafter.drawn), rows=settings.rows, capacity=capacity,
+        target, drafter, rule, rows=settings.rows, capacity=capacity,
         tokenizer=loaded.tokenizer, eos=end_tokens(loaded.model), chunk=settings.chunk, debug=settings.debug,
     )  # fmt: skip
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
@@ -65,8 +66,68 @@ METHODS = {"naive": "none", "none": "none", "ngram": "ngram", "draft": "model", 
 """Names that `--method` takes, and the drafter kind of each."""
 
 
-class RuleConfig(Part):
-    kind: Literal["auto", "match", "standard"] = "auto"
+class LosslessRuleConfig(Part):
+    """`auto` is the one of them that accepts most: block for drawn chains, multi-round for drawn trees, else match."""
+
+    kind: Literal["auto", "match", "standard", "block", "multi-round"] = "auto"
+
+
+class TemperatureRelaxedConfig(Part):
+    kind: Literal["temperature-relaxed"] = "temperature-relaxed"
+    temperature: float = Field(default=2.0, gt=0.0)  # its own: above 1 accepts more than `standard`, below 1 less
+
+
+class TopPResidualConfig(Part):
+    kind: Literal["top-p-residual"] = "top-p-residual"
+    top_p: float = Field(default=0.9, gt=0.0, le=1.0)  # cut of the residual, apart from sampling.top_p
+
+
+class MinPRatioConfig(Part):
+    kind: Literal["min-p-ratio"] = "min-p-ratio"
+    min_p: float = Field(default=0.05, ge=0.0, le=1.0)
+    filter_value: float = Field(default=-math.inf, le=0.0)  # log-probability of what the filter takes out
+
+
+class TypicalConfig(Part):
+    kind: Literal["typical"] = "typical"
+    epsilon: float = Field(default=0.09, gt=0.0, lt=1.0)
+    delta: float = Field(default=0.3, gt=0.0)
+
+
+class RelaxedConfig(Part):
+    kind: Literal["relaxed"] = "relaxed"
+    top_k: int = Field(default=10, ge=1)
+    delta: float = Field(default=0.6, ge=0.0, le=1.0)
+
+
+class EnsembleConfig(Part):
+    kind: Literal["ensemble"] = "ensemble"
+    weight: float = Field(default=0.5, ge=0.0, le=1.0)  # of the target
+
+
+class SyntheticConfig(Part):
+    kind: Literal["synthetic"] = "synthetic"
+    rates: tuple[Annotated[float, Field(ge=0.0, le=1.0)], ...] = Field(default=(0.8,), min_length=1)
+
+
+class ImportedRuleConfig(Part):
+    kind: Literal["import"] = "import"
+    path: str  # module:Name, looked up in the current folder too
+    options: dict[str, Any] = {}  # keyword arguments of Name
+
+
+RuleConfig = Annotated[
+    LosslessRuleConfig
+    | TemperatureRelaxedConfig
+    | TopPResidualConfig
+    | MinPRatioConfig
+    | TypicalConfig
+    | RelaxedConfig
+    | EnsembleConfig
+    | SyntheticConfig
+    | ImportedRuleConfig,
+    Field(discriminator="kind"),
+]
 
 
 class SamplingConfig(Part):
@@ -113,7 +174,7 @@ class Variant(Part):
 
     model: ModelConfig = ModelConfig()
     drafter: DrafterConfig = NoDraftConfig()
-    rule: RuleConfig = RuleConfig()
+    rule: RuleConfig = LosslessRuleConfig()
     sampling: SamplingConfig = SamplingConfig()
     engine: EngineConfig = EngineConfig()
     backend: Literal["forerun", "reference"] = "forerun"
@@ -261,16 +322,25 @@ def explain(kind: type[BaseModel], error: ValidationError) -> str:
     """The first mistake; the tag that pydantic puts in the place of a union (`drafter.none.k`) is said apart."""
     first = error.errors()[0]
     loc = [str(part) for part in first["loc"]]
-    tags = {k.model_fields["kind"].default for k in flatten(DrafterConfig)}
-    place = [part for i, part in enumerate(loc) if not (i and loc[i - 1] == "drafter" and part in tags)]
+    tags = {tag for union in (DrafterConfig, RuleConfig) for k in flatten(union) for tag in kinds_of(k)}
+    place = [part for i, part in enumerate(loc) if not (i and loc[i - 1] in TAGGED and part in tags)]
     if first["type"] == "extra_forbidden":
         near = difflib.get_close_matches(loc[-1], known_keys(kind, loc[:-1]), n=1, cutoff=0.0)
         right = ".".join([*place[:-1], *near])
-        of = f" where drafter.kind is {loc[loc.index('drafter') + 1]!r}" if "drafter" in loc[:-1] else ""
+        of = next((f" where {part}.kind is {loc[i + 1]!r}" for i, part in enumerate(loc[:-2]) if part in TAGGED), "")
         return f"unknown key {'.'.join(place)!r}{of}; did you mean {right!r}?"
     if first["type"] == "union_tag_invalid":
         return f"{'.'.join(place)}.kind: {first['ctx']['tag']!r} is none of {first['ctx']['expected_tags']}"
     return f"{'.'.join(place)}: {first['msg']} (got {first['input']!r})"
+
+
+TAGGED = ("drafter", "rule")
+"""Parts that are tagged unions: pydantic puts the tag into the place of a mistake."""
+
+
+def kinds_of(part: type[BaseModel]) -> tuple[str, ...]:
+    """The tags that a member of a tagged union answers to."""
+    return get_args(part.model_fields["kind"].annotation) if "kind" in part.model_fields else ()
 
 
 def known_keys(kind: type[BaseModel], place: list[str]) -> list[str]:
@@ -281,7 +351,7 @@ def known_keys(kind: type[BaseModel], place: list[str]) -> list[str]:
         if inner:
             kinds = [k for annotation in inner for k in flatten(annotation)]
         else:
-            kinds = [k for k in kinds if "kind" in k.model_fields and k.model_fields["kind"].default == part] or kinds
+            kinds = [k for k in kinds if part in kinds_of(k)] or kinds
     return [name for k in kinds for name in k.model_fields]
 
 

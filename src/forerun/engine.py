@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from forerun.accept import Rule, Verdict, walk, walk_greedy
+from forerun.accept import Rule, Verdict, describe, walk, walk_greedy
 from forerun.draft import Batch, Drafter, Outcome, Row
 from forerun.model import Target
 from forerun.packed import weight_bytes
@@ -90,8 +90,9 @@ class Engine:
     @property
     def facts(self) -> dict[str, Any]:
         return {
-            "rule": self.rule.name,
+            "rule": describe(self.rule),
             "lossless": self.rule.lossless,
+            "meaningless": self.rule.meaningless,
             "drafter": type(self.drafter).__name__,
             "policy": type(policy).__name__.lower() if (policy := getattr(self.drafter, "policy", None)) else None,
             "rows": len(self.rows),
@@ -276,9 +277,11 @@ class Engine:
             logits_BNV = penalize(logits_BNV, warp, batch.counts, path_BNV)
         if warp.all_greedy and self.rule.lossless:
             return walk_greedy(tree, logits_BNV.argmax(-1))
+        # A greedy row's law is one-hot: no lossless rule needs numbers for it, but a lossy one may still toss coins.
         streams = [row.randomness.verify if row and not row.sampling.greedy else None for row in batch.rows]
+        tosses = streams if self.rule.lossless else [row.randomness.verify if row else None for row in batch.rows]
         # As many numbers every round, whatever the neighbours draft: a row's stream must not depend on its batch.
-        uniforms_BN = uniforms(streams, self.drafter.size, logits_BNV.device)[:, : tree.size]
+        uniforms_BN = uniforms(tosses, self.drafter.size, logits_BNV.device)[:, : tree.size]
         exponentials_BV = exponentials(streams, logits_BNV.shape[2], logits_BNV.device)
         return walk(tree, self.rule.law(tree, law(logits_BNV, warp)), uniforms_BN, exponentials_BV)
 

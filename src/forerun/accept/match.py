@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+from forerun.accept.drafted import of_target
 from forerun.accept.rule import Law, at_node, normalize
 from forerun.tree import Tree
 
 
+@dataclass(frozen=True)
 class Match:
     """Lossless for any tree that does not depend on the target's draws; for chosen drafts no rule accepts more.
 
@@ -18,12 +22,13 @@ class Match:
 
     name = "match"
     lossless = True
+    trees = True
+    meaningless = False
 
     def law(self, tree: Tree, p_BNV: Tensor) -> Law:
         parents_BN = tree.parents_BN.clamp_min(0)
         size = tree.size
-        own_BN = p_BNV.flatten(1).gather(1, parents_BN * p_BNV.shape[2] + tree.tokens_BN)  # p(token of n | parent of n)
-        own_BN = own_BN.masked_fill(~tree.valid_BN, 0.0)
+        own_BN = of_target(tree, p_BNV).masked_fill(~tree.valid_BN, 0.0)
         first = torch.arange(size, device=own_BN.device)
         own_BN = torch.where(first == 0, 1.0, own_BN)
         if tree.is_chain:

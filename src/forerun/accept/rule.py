@@ -23,10 +23,13 @@ class Law:
     accept_BN: probability that the walk moves from the parent of node n to n, given that it stands at the parent and has
         refused the siblings before n.
     residual: end_B -> law_BV of the token that follows when the walk ends at node end_B (all of its children refused).
+    last: of a chain, the walk ends at the last node whose coin comes up, whatever the coins before it said (block
+        verification); accept_BN are then independent coins.
     """
 
     accept_BN: Tensor
     residual: Callable[[Tensor], Tensor]
+    last: bool = False
 
 
 @dataclass(frozen=True)
@@ -42,10 +45,17 @@ class Rule(Protocol):
     """A law over a tree, given what the target (p_BNV, after node n) and the drafter (tree.probs_BNV, of node n) say.
 
     Laws are probabilities after the request's warpers, float32 or float64, so a rule can be enumerated without drawing.
+    Where tree.probs_BNV is None the drafts were chosen, and their law is one-hot. At temperature 0 all laws are one-hot.
+
+    lossless: it claims that what comes out has the target's law; `forerun audit rule` says whether that is so.
+    trees: it admits any tree; else chains only.
+    meaningless: it accepts whatever was drafted, for load tests.
     """
 
     name: str
     lossless: bool
+    trees: bool
+    meaningless: bool
 
     def law(self, tree: Tree, p_BNV: Tensor) -> Law: ...
 
@@ -53,7 +63,7 @@ class Rule(Protocol):
 def walk(tree: Tree, law: Law, uniforms_BN: Tensor, exponentials_BV: Tensor) -> Verdict:
     """Draw a path and the token after it. Strict `<`: probability 1 always accepts and 0 never does."""
     coin_BN = (uniforms_BN < law.accept_BN) & tree.valid_BN
-    path_BD, accepted_B = follow(tree, coin_BN)
+    path_BD, accepted_B = to_last(tree, coin_BN) if law.last else follow(tree, coin_BN)
     end_B = path_BD.gather(1, accepted_B[:, None] - 1)[:, 0]
     return Verdict(path_BD, accepted_B, race(law.residual(end_B), exponentials_BV))
 
@@ -87,6 +97,14 @@ def follow(tree: Tree, coin_BN: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack(path, 1), accepted_B
 
 
+def to_last(tree: Tree, coin_BN: Tensor) -> tuple[Tensor, Tensor]:
+    """Down a chain to the last node whose coin came up. Returns path_BD and accepted_B (node 0 counts)."""
+    assert tree.is_chain, "only a chain has a last node"
+    steps_D = torch.arange(tree.depth + 1, device=coin_BN.device)
+    last_B = (coin_BN * steps_D).amax(1)
+    return torch.minimum(steps_D, last_B[:, None]), last_B + 1
+
+
 def at_node(values_BNV: Tensor, node_B: Tensor) -> Tensor:
     """[B, V]: the values at one node of each row."""
     return values_BNV.gather(1, node_B[:, None, None].expand(-1, 1, values_BNV.shape[2]))[:, 0]
@@ -96,3 +114,9 @@ def normalize(mass_BV: Tensor, otherwise_BV: Tensor) -> Tensor:
     """Divide by the sum; a row without mass (it was always accepted, up to rounding) takes `otherwise`."""
     total_B1 = mass_BV.sum(-1, keepdim=True)
     return torch.where(total_B1 > 0, mass_BV / total_B1.clamp_min(torch.finfo(mass_BV.dtype).tiny), otherwise_BV)
+
+
+def describe(rule: Rule) -> str:
+    """A rule's name with its parameters: `typical(epsilon=0.09, delta=0.3)`."""
+    options = ", ".join(f"{name}={getattr(rule, name)}" for name in getattr(rule, "__dataclass_fields__", ()))
+    return f"{rule.name}({options})" if options else rule.name

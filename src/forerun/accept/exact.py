@@ -6,12 +6,13 @@ Shape suffixes: B trees (each with a weight, the probability that it is drafted)
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from forerun.accept import Law
+from forerun.accept.rule import Law
 from forerun.tree import PADDING, Tree, chain_parents
 
 
@@ -65,24 +66,51 @@ def drawn_chains(draft: Process, depth: int, confidence: float = 0.0) -> tuple[T
     return Tree(tokens_BN, parents_BN, depth, probs_BNV, is_chain=True), own_BD.prod(1)
 
 
-def paths(tree: Tree, row: int) -> list[tuple[int, ...]]:
-    """The drafted tokens from below node 0 down to each node; a padding node has none."""
-    found: list[tuple[int, ...]] = []
-    for node, parent in enumerate(tree.parents_BN[row].tolist()):
-        found.append(() if node == 0 or parent == PADDING else (*found[parent], int(tree.tokens_BN[row, node])))
-    return found
+def drawn_trees(draft: Process, parents: Sequence[int], replacement: bool) -> tuple[Tree, Tensor]:
+    """All trees of one shape whose children a drafter can draw, with or without replacement, and their probabilities.
+
+    Without replacement a child's law is the draft's without its elder siblings; where none is left, it is padding.
+    """
+    vocabulary, size = draft.vocabulary, len(parents)
+    tokens_BN = every_chain(vocabulary, size - 1)
+    rows = len(tokens_BN)
+    parents_BN = torch.tensor(parents).repeat(rows, 1)
+    weights_B, laws = torch.ones(rows, dtype=torch.float64), [torch.zeros(rows, vocabulary, dtype=torch.float64)]
+    prefixes = [tokens_BN[:, :0]]
+    for node in range(1, size):
+        law_BV = draft.after(prefixes[parents[node]])
+        elder = [other for other in range(1, node) if parents[other] == parents[node]]
+        if elder and not replacement:
+            law_BV = law_BV.scatter(1, tokens_BN[:, elder], 0.0)
+        total_B1 = law_BV.sum(1, keepdim=True)
+        lost_B = (total_B1[:, 0] <= 0) | (parents_BN[:, parents[node]] == PADDING)
+        parents_BN[lost_B, node] = PADDING
+        certain_BV = torch.nn.functional.one_hot(torch.zeros(rows, dtype=torch.long), vocabulary).double()
+        law_BV = torch.where(lost_B[:, None], certain_BV, law_BV / total_B1.clamp_min(torch.finfo(torch.float64).tiny))
+        laws.append(law_BV)
+        weights_B = weights_B * law_BV.gather(1, tokens_BN[:, node, None])[:, 0]
+        prefixes.append(torch.cat([prefixes[parents[node]], tokens_BN[:, node, None]], 1))
+    depths = [0] * size
+    for node in range(1, size):
+        depths[node] = depths[parents[node]] + 1
+    return Tree(tokens_BN, parents_BN, max(depths), torch.stack(laws, 1)), weights_B
 
 
 def paths_to(tree: Tree, node: int) -> list[tuple[Tensor, Tensor]]:
-    """The trees in which a node lies equally deep, and the drafted tokens down to it: (rows [R], path [R, D]) by depth."""
+    """The drafted tokens from below node 0 down to a node: (rows [R], path [R, D]) for the rows of each shape of tree."""
     if tree.is_chain:
         return [(torch.arange(tree.rows), tree.tokens_BN[:, 1 : 1 + node])]
-    of_row = [paths(tree, row)[node] for row in range(tree.rows)]
-    groups = {depth: [row for row, path in enumerate(of_row) if len(path) == depth] for depth in set(map(len, of_row))}
-    return [
-        (torch.tensor(rows), torch.tensor([of_row[row] for row in rows], dtype=torch.long).view(len(rows), depth))
-        for depth, rows in groups.items()
-    ]
+    shapes, of_row = tree.parents_BN.unique(dim=0, return_inverse=True)
+    found = []
+    for shape, parents in enumerate(shapes.tolist()):
+        path: list[int] = []
+        at = node
+        while at > 0:  # a padding node counts as node 0
+            path = [at, *path] if parents[at] != PADDING else []
+            at = parents[at]
+        rows = (of_row == shape).nonzero()[:, 0]
+        found.append((rows, tree.tokens_BN[rows][:, path]))
+    return found
 
 
 def score(tree: Tree, target: Process) -> Tensor:
@@ -96,6 +124,10 @@ def score(tree: Tree, target: Process) -> Tensor:
 
 def ends(tree: Tree, law: Law) -> Tensor:
     """[B, N]: the probability that the walk ends at each node: reached, and every child of it refused in turn."""
+    if law.last:  # its coin came up, and none after it did
+        refused_BN = torch.where(tree.valid_BN, 1 - law.accept_BN, 1.0)
+        after_BN = torch.cat([refused_BN[:, 1:].flip(1).cumprod(1).flip(1), torch.ones_like(refused_BN[:, :1])], 1)
+        return law.accept_BN * tree.valid_BN * after_BN
     left_BN = torch.zeros_like(law.accept_BN)
     left_BN[:, 0] = 1.0
     for node in range(1, tree.size):
@@ -124,6 +156,13 @@ def first_tokens(tree: Tree, law: Law, target: Process, weights_B: Tensor) -> Te
             emitted.index_add_(0, place, mass_BV[rows])
             joint += emitted.view((vocabulary,) * (depth + 1) + (1,) * (length - depth - 1)) * target.joint(given=depth + 1)
     return joint
+
+
+def accepted(tree: Tree, law: Law, weights_B: Tensor) -> Tensor:
+    """[D]: the law of the number of accepted drafts."""
+    of_depth_D = torch.zeros(tree.depth + 1, dtype=torch.float64)
+    depths_BN = torch.where(tree.valid_BN, tree.depths_BN(), 0)
+    return of_depth_D.index_add_(0, depths_BN.flatten(), (weights_B[:, None] * ends(tree, law)).flatten())
 
 
 def distance(one: Tensor, other: Tensor) -> float:
