@@ -19,7 +19,7 @@ from forerun.types import UserError
 
 EXACT, WRONG = 1e-12, 1e-3
 SIZES = [(2, 4), (3, 3), (4, 2), (5, 1), (5, 4)]  # vocabulary, drafted tokens
-RULES = {"standard": Standard(), "match": Match()}
+RULES = {"standard": Standard(), "match": Match(), "block": Block(), "multi-round": MultiRound()}
 LAST_UNIFORM = 1 - 2**-24  # the largest float32 below 1
 
 
@@ -191,8 +191,9 @@ def test_an_identical_draft_is_always_accepted(dtype: torch.dtype) -> None:
     same = random_process(5, 4, generator(0), sharpness=6)
     same = Process(tuple(law.to(dtype) for law in same.laws))
     tree, weights_B = drawn_chains(Process(same.laws[:3]), 3)
-    law = Standard().law(tree, score(tree, same))
-    assert bool((law.accept_BN[weights_B > 0] == 1).all())
+    for rule in (Standard(), Block(), MultiRound()):
+        law = rule.law(tree, score(tree, same))
+        assert bool((ends(tree, law)[weights_B > 0, -1] == 1).all())
 
 
 def test_a_greedy_draft_of_a_greedy_request_is_always_accepted() -> None:
@@ -200,7 +201,7 @@ def test_a_greedy_draft_of_a_greedy_request_is_always_accepted() -> None:
     tree, weights_B = drawn_chains(Process(same.laws[:3]), 3)
     for rule in RULES.values():
         law = rule.law(tree, score(tree, same))
-        assert bool((law.accept_BN[weights_B > 0] == 1).all())
+        assert bool((ends(tree, law)[weights_B > 0, -1] == 1).all())
 
 
 def test_match_accepts_an_identical_draft_by_chance_only() -> None:

@@ -109,6 +109,65 @@ def bench(
     )
 
 
+audits = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None,
+    help="Is it lossless? A verdict, the evidence, and exit status 0 (lossless), 1 (not) or 3 (could not be decided).",
+)  # fmt: skip
+app.add_typer(audits, name="audit")
+Words = Annotated[list[str] | None, typer.Argument(metavar="[CONFIG] [a.b=c ...]", help="CONFIG is a YAML file.")]
+
+
+@audits.command("rule", epilog="Example: forerun audit rule typical rule.epsilon=0.1")
+def audit_rule(
+    name: Annotated[str, typer.Argument(help="A rule's kind, or import with rule.path=module:Name.")],
+    words: Annotated[list[str] | None, typer.Argument(metavar="[a.b=c ...]", help="The rule's parameters.")] = None,
+    json: Json = False,
+) -> None:
+    """An acceptance rule, by exact enumeration."""
+    from forerun.verbs import audit
+
+    finish(audit.rule(name, words or [], as_json=json))
+
+
+@audits.command("engine")
+def audit_engine(
+    words: Words = None,
+    tokens: Annotated[int | None, typer.Option(help="To sample; fewer are faster and see less.")] = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """A config's whole pipeline (drafter, rule, cache, batch, backend), on a model small enough to know its law."""
+    from forerun.verbs import audit
+
+    finish(audit.engine(words or [], tokens, as_json=json, quiet=quiet))
+
+
+@audits.command("divergence")
+def audit_divergence(words: Words = None, json: Json = False, quiet: Quiet = False) -> None:
+    """Where a config's greedy output leaves plain decoding's: tie, numerics or bug, replayed in float32."""
+    from forerun.verbs import audit
+
+    finish(audit.divergence(words or [], as_json=json, quiet=quiet))
+
+
+@audits.command("endpoint")
+def audit_endpoint(
+    url: Annotated[str, typer.Argument(help="An OpenAI-compatible server, such as http://localhost:8000/v1.")],
+    against: Annotated[str, typer.Option(help="The server to compare with, without speculation.")],
+    model: Annotated[str | None, typer.Option(help="Name of the model. Default: the server's only one.")] = None,
+    prompts: Annotated[str | None, typer.Option(help="Text file, one prompt a line. Default: those that ship.")] = None,
+    samples: Annotated[int | None, typer.Option(help="Drawn completions a server; more see smaller differences.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="First tokens whose law is compared.")] = None,
+    temperature: Temperature = None,
+    json: Json = False,
+) -> None:
+    """Two servers, with and without speculation: same law of the first tokens, same greedy text?"""
+    from forerun.verbs import audit
+
+    options = {"model": model, "samples": samples, "tokens": tokens, "temperature": temperature}
+    finish(audit.endpoint(url, against, prompts, options, as_json=json))
+
+
 def finish(status: int) -> None:
     raise typer.Exit(status)
 
@@ -125,6 +184,9 @@ def run(arguments: Sequence[str], application: Callable[..., Any] = app) -> int:
         # Mistakes on the command line; the library's own class for them has changed its place between versions.
         if (describe := getattr(error, "format_message", None)) is None:
             raise
+        if type(error).__name__ == "NoArgsIsHelpError":  # its message is the help
+            print(describe(), file=sys.stderr)
+            return 2
         return complain(describe() or "say what to do; see forerun --help")
 
 

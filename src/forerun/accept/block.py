@@ -42,7 +42,7 @@ class Block:
                 break
             next_B = torch.full_like(tree.tokens_BN[:, 0], node + 1)
             left_B = (reach_B[:, None] * p_BNV[:, node]).sub_(draft_law(tree, next_B, p_BNV[:, node])).clamp_min_(0).sum(1)
-            accept.append(torch.where(tree.valid_BN[:, node + 1], ratio(left_B, left_B + 1 - reach_B), reach_B))
+            accept.append(torch.where(tree.valid_BN[:, node + 1], ratio(left_B, left_B + (1 - reach_B)), reach_B))
         reach_BN, accept_BN = torch.stack(reach, 1), torch.stack(accept, 1).masked_fill(~tree.valid_BN, 0.0)
 
         def residual(end_B: Tensor) -> Tensor:

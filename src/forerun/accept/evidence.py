@@ -30,7 +30,7 @@ EXACT = 1e-12  # a lossless rule's worst total variation in float64
 CHAINS = ((2, 4), (3, 3), (4, 2), (5, 1), (5, 4))  # vocabulary, drafts
 SHAPES = ((3, (0, 0, 0, 0)), (2, (0, 0, 0, 1, 1)), (4, (0, 0, 0, 1, 2, 1)))  # vocabulary, parent of each node
 PAIRS, PAIR_VOCABULARY = 2000, 20
-SHARPNESS, LIKENESS = 1.75, 0.8  # of a pair: standard deviation of the logits, correlation of the draft's with the target's
+SHARPNESS, LIKENESS = 1.75, 0.85  # of a pair: standard deviation of the logits, correlation of the draft's with the target's
 
 
 @dataclass(frozen=True)
