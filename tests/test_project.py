@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src" / "forerun"
 # A file imports only from names before its own; ARCHITECTURE.md prints the same list.
 LAYERS = [
-    "types", "config", "text", "tree", "sampling", "accept", "packed", "attention", "graph", "cache", "model", "draft",
+    "types", "config", "text", "tree", "sampling", "accept", "packed", "attention", "graph", "cache", "model", "heads", "draft",
     "compress", "engine", "backends", "build", "train", "bench", "evaluate", "audit", "server", "verbs", "cli",
 ]  # fmt: skip
 VERBS = ["generate", "bench"]
