@@ -9,7 +9,10 @@ import pytest
 from forerun.config import (
     METHODS,
     DraftModelConfig,
+    EagleConfig,
     Experiment,
+    MedusaConfig,
+    MLPConfig,
     NGramConfig,
     NoDraftConfig,
     SamplingConfig,
@@ -61,7 +64,9 @@ def test_another_kind_forgets_the_old_ones_keys() -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_is_a_kind(name: str) -> None:
     kinds = {"none": NoDraftConfig, "ngram": NGramConfig, "model": DraftModelConfig}
-    assert isinstance(load(None, [f"drafter.kind={name}"]).drafter, kinds[METHODS[name]])
+    kinds |= {"medusa": MedusaConfig, "mlp": MLPConfig, "eagle": EagleConfig}
+    where = ["drafter.path=x"] if name == "mlp" else []
+    assert isinstance(load(None, [f"drafter.kind={name}", *where]).drafter, kinds[METHODS[name]])
 
 
 def test_nesting_and_flattening_are_inverse() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from forerun.accept import choose
-from forerun.draft import Constant, Drafter, DraftModel, NGram, NoDraft
+from forerun.draft import Batch, Constant, Drafter, DraftModel, NGram, NoDraft, Outcome
 from forerun.engine import Engine
 from forerun.model import Target
 from forerun.types import Request, Sampling, UserError, complete
@@ -189,6 +189,23 @@ def test_a_fault_in_mid_flight_ends_its_rows_and_keeps_what_was_told() -> None:
     weight.copy_(healthy)
     [done] = complete(backend, [Request("c", PROMPT, Sampling(max_new=9))])
     assert list(done.tokens) == plain_greedy(tiny("llama"), PROMPT, 9)
+
+
+def test_the_drafter_is_told_the_accepted_paths() -> None:
+    """Of trees too: the tokens along a told path are those that the row got."""
+    told: list[tuple[list[int], list[int]]] = []
+
+    class Watched(DraftModel):
+        def observe(self, batch: Batch, outcome: Outcome) -> None:
+            row = batch.rows[0]
+            assert row is not None
+            told.append((list(outcome.paths[0]), [outcome.accepted[0], len(row.tokens)]))
+            super().observe(batch, outcome)
+
+    backend = engine(Watched(Target(near_copy(tiny("llama"))), Constant(3), 2, 128))
+    complete(backend, [Request("a", PROMPT, Sampling(max_new=20))])
+    assert {tuple(path) for path, _ in told} > {(0,)}
+    assert all(path == list(range(accepted + 1)) for path, (accepted, _) in told)
 
 
 def test_phases_add_up_and_facts_are_told() -> None:

@@ -158,11 +158,11 @@ class Engine:
         self._wait()
         judging = time.perf_counter()
         verdict = self._judge(tree, scores.logits, batch)
-        # The one copy to the host: accepted counts, drafted depths, whether the scores are numbers, and the tokens.
+        # The one copy to the host: accepted counts, drafted depths, whether the scores are numbers, the paths and the tokens.
         drafted_B = torch.where(tree.valid_BN, tree.depths_BN(), 0).amax(1)
         healthy_B = torch.isfinite(scores.logits.amax((1, 2))).long()
         taken_BD = torch.cat([tree.tokens_BN.gather(1, verdict.path_BD)[:, 1:], verdict.bonus_B[:, None]], 1)
-        told = torch.cat([torch.stack([verdict.accepted_B, drafted_B, healthy_B], 1), taken_BD], 1).tolist()
+        told = torch.cat([torch.stack([verdict.accepted_B, drafted_B, healthy_B], 1), verdict.path_BD, taken_BD], 1).tolist()
         judged = time.perf_counter()
         rounds = self._advance(tree, verdict, told)
         committed = time.perf_counter()
@@ -175,6 +175,7 @@ class Engine:
             other_seconds=committed - judging,
             verdict=verdict,
             hidden_BNH=scores.hidden,
+            paths=[path[:count] for count, _, _, *path in told],
         )
         self.drafter.observe(batch, outcome)
         deltas = [self._emit(i, round.accepted + 1, round) for i, round in enumerate(rounds) if round]
@@ -200,7 +201,8 @@ class Engine:
         """Commit the paths and give every running row its tokens; idle rows are rewound, a row without healthy scores stays."""
         self.cache.commit(tree, verdict, [count for count, *_ in told])
         rounds: list[Round | None] = [None] * len(told)
-        for i, (count, drafted, healthy, *taken) in enumerate(told):
+        for i, (count, drafted, healthy, *rest) in enumerate(told):
+            taken = rest[tree.depth + 1 :]
             if (row := self.rows[i]) is None:
                 self.cache.release(i)
             elif healthy:

@@ -58,7 +58,8 @@ class Outcome:
     verify_seconds: float
     other_seconds: float
     verdict: Verdict
-    hidden_BNH: Tensor | None
+    hidden_BNH: Tensor | None  # the layers that the drafter's `features` name, at every node
+    paths: Sequence[Sequence[int]] = ()  # the accepted path of each row: node numbers, node 0 first
 
 
 class Drafter(Protocol):

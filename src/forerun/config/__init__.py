@@ -1,0 +1,53 @@
+"""One experiment as data: tagged unions, YAML, overrides `a.b=c`, variants and axes. No torch."""
+
+from forerun.config.experiment import Experiment, Variant, load, save
+from forerun.config.parsing import flatten_keys, merge, nest, parse
+from forerun.config.parts import (
+    EMBEDDED,
+    METHODS,
+    DrafterConfig,
+    DraftModelConfig,
+    EagleConfig,
+    EngineConfig,
+    ImportedRuleConfig,
+    LosslessRuleConfig,
+    MedusaConfig,
+    MLPConfig,
+    ModelConfig,
+    NGramConfig,
+    NoDraftConfig,
+    Part,
+    Policy,
+    RuleConfig,
+    SamplingConfig,
+    WorkloadConfig,
+)
+
+__all__ = [
+    "EMBEDDED",
+    "METHODS",
+    "DraftModelConfig",
+    "DrafterConfig",
+    "EagleConfig",
+    "EngineConfig",
+    "Experiment",
+    "ImportedRuleConfig",
+    "LosslessRuleConfig",
+    "MLPConfig",
+    "MedusaConfig",
+    "ModelConfig",
+    "NGramConfig",
+    "NoDraftConfig",
+    "Part",
+    "Policy",
+    "RuleConfig",
+    "SamplingConfig",
+    "Variant",
+    "WorkloadConfig",
+    "flatten_keys",
+    "load",
+    "merge",
+    "nest",
+    "parse",
+    "save",
+]

@@ -1,0 +1,141 @@
+"""One experiment: a base variant, what it runs on, and what varies; from YAML and overrides `a.b=c`, and back."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any, Literal
+
+from omegaconf import OmegaConf
+from pydantic import Field, field_validator
+
+from forerun.config.parsing import flatten_keys, merge, nest, parse
+from forerun.config.parts import (
+    METHODS,
+    DrafterConfig,
+    EngineConfig,
+    LosslessRuleConfig,
+    ModelConfig,
+    NoDraftConfig,
+    Part,
+    RuleConfig,
+    SamplingConfig,
+    WorkloadConfig,
+)
+from forerun.types import UserError
+
+
+class Variant(Part):
+    """One thing to measure: everything but the workload, repeats and names."""
+
+    model: ModelConfig = ModelConfig()
+    drafter: DrafterConfig = NoDraftConfig()
+    rule: RuleConfig = LosslessRuleConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    engine: EngineConfig = EngineConfig()
+    backend: Literal["forerun", "reference"] = "forerun"
+
+    @field_validator("drafter", mode="before")
+    @classmethod
+    def canonical(cls, drafter: Any) -> Any:
+        """`naive` and `draft` are names that people know for `none` and `model`."""
+        if isinstance(drafter, dict) and drafter.get("kind") in METHODS:
+            return {**drafter, "kind": METHODS[drafter["kind"]]}
+        return drafter
+
+
+class Experiment(Variant):
+    """A base variant, what runs on it, and what varies."""
+
+    workload: WorkloadConfig = WorkloadConfig()
+    repeats: int = Field(default=3, ge=1)
+    warmup: int = Field(default=1, ge=0)  # requests run and thrown away, each variant
+    variants: dict[str, dict[str, Any]] = Field(default={})
+    axes: dict[str, list[Any]] = Field(default={})
+    excludes: tuple[dict[str, Any], ...] = ()
+    baseline: str | None = None
+
+    @field_validator("variants", mode="before")
+    @classmethod
+    def nested(cls, variants: Any) -> Any:
+        """A variant may say `drafter.k: 3` for `drafter: {k: 3}`, and nothing at all for the base itself."""
+        if not isinstance(variants, dict):
+            return variants
+        return {str(name): nest(over or {}) if isinstance(over, dict | None) else over for name, over in variants.items()}
+
+    @field_validator("axes", mode="before")
+    @classmethod
+    def flat(cls, axes: Any) -> Any:
+        """An axis may be written nested (as the override `axes.drafter.k=[3,5]` arrives) or under its dotted name."""
+        return flatten_keys(axes) if isinstance(axes, dict) else axes
+
+    @field_validator("excludes", mode="before")
+    @classmethod
+    def flat_cuts(cls, excludes: Any) -> Any:
+        if not isinstance(excludes, list | tuple):
+            return excludes
+        return tuple(flatten_keys(cut) if isinstance(cut, dict) else cut for cut in excludes)
+
+    def expand(self) -> dict[str, Variant]:
+        """The variants by name: the named ones crossed with the axes, without the excluded points."""
+        base = self.model_dump(include=set(Variant.model_fields))
+        named = self.variants or {"base": {}}
+        found: dict[str, Variant] = {}
+        for name, overrides in named.items():
+            for values in itertools.product(*self.axes.values()):
+                point = dict(zip(self.axes, values, strict=True))
+                if any(all(point.get(key) == value for key, value in cut.items()) for cut in self.excludes):
+                    continue
+                if kind_of_drafter(base, overrides) == "none" and "drafter.kind" not in point:
+                    # Plain decoding is one variant, whatever the drafters beside it vary.
+                    point = {key: value for key, value in point.items() if not key.startswith("drafter.")}
+                label = ",".join(f"{key}={value}" for key, value in point.items())
+                full = label if not self.variants and label else name + ("," + label if label else "")
+                found[full] = parse(Variant, merge(merge(base, overrides), nest(point)), f"variant {full!r}")
+        if self.baseline is not None and self.baseline not in found:
+            raise UserError(f"baseline: no variant is called {self.baseline!r}; there are {', '.join(found)}")
+        return found
+
+    def baseline_name(self) -> str:
+        """The named baseline, else `plain`, else the first variant."""
+        names = list(self.expand())
+        return self.baseline or ("plain" if "plain" in names else names[0])
+
+
+def kind_of_drafter(base: dict[str, Any], overrides: dict[str, Any]) -> str:
+    kind = str(merge(base, overrides)["drafter"]["kind"])
+    return METHODS.get(kind, kind)
+
+
+def load(path: str | None, overrides: list[str], flags: dict[str, Any] | None = None) -> Experiment:
+    """The experiment of a YAML file (or the defaults), with flags {"a.b": c} and then overrides `a.b=c` on top.
+
+    Errors name the nearest right key.
+    """
+    data: dict[str, Any] = {}
+    if path is not None:
+        if not Path(path).is_file():
+            raise UserError(f"{path}: no such config file; give the path of a YAML file")
+        try:
+            loaded = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+        except Exception as error:  # YAML's own errors share no base class with OmegaConf's
+            raise UserError(f"{path}: not readable as YAML: {str(error).splitlines()[0]}") from error
+        if not isinstance(loaded, dict):
+            raise UserError(f"{path}: expected a mapping at the top, found {type(loaded).__name__}")
+        data = {str(key): value for key, value in loaded.items()}
+    for override in overrides:
+        if "=" not in override:
+            raise UserError(f"{override!r}: an override has the form a.b=c")
+    try:
+        changes = OmegaConf.to_container(OmegaConf.from_dotlist(overrides))
+    except Exception as error:  # as above
+        raise UserError(f"overrides: {str(error).splitlines()[0]}") from error
+    assert isinstance(changes, dict)
+    defaults = {"drafter": {"kind": "none"}}
+    with_flags = merge(merge(defaults, data), nest(flags or {}))
+    return parse(Experiment, merge(with_flags, {str(k): v for k, v in changes.items()}), path or "command line")
+
+
+def save(experiment: Experiment, path: Path) -> None:
+    """Write the resolved experiment as YAML that `load` reads back."""
+    OmegaConf.save(OmegaConf.create(experiment.model_dump(mode="json")), path)

@@ -1,0 +1,94 @@
+"""From nested data to validated parts: merging, dotted keys, and mistakes told with the nearest right key."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any, TypeVar, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from forerun.config.parts import METHODS, DrafterConfig, Part, RuleConfig
+from forerun.types import UserError
+
+T = TypeVar("T", bound=Part)
+
+
+def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Deep merge; a change of `kind` replaces the whole part, since the old kind's keys mean nothing to the new one."""
+    if "kind" in over and "kind" in base and METHODS.get(over["kind"], over["kind"]) != METHODS.get(base["kind"], base["kind"]):
+        return dict(over)
+    joined = dict(base)
+    for key, value in over.items():
+        old = joined.get(key)
+        joined[key] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return joined
+
+
+def nest(flat: dict[str, Any]) -> dict[str, Any]:
+    """{"a.b": 1} -> {"a": {"b": 1}}."""
+    tree: dict[str, Any] = {}
+    for key, value in flat.items():
+        branch: Any = value
+        for part in reversed(str(key).split(".")):
+            branch = {part: branch}
+        tree = merge(tree, branch)
+    return tree
+
+
+def flatten_keys(tree: dict[str, Any], parents: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten_keys(value, f"{parents}{key}.") if isinstance(value, dict) else {f"{parents}{key}": value}
+    return flat
+
+
+def parse(kind: type[T], data: dict[str, Any], where: str) -> T:
+    """Validate, turning the first mistake into one line that names the nearest right key."""
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        raise UserError(f"{where}: {explain(kind, error)}") from error
+
+
+def explain(kind: type[BaseModel], error: ValidationError) -> str:
+    """The first mistake; the tag that pydantic puts in the place of a union (`drafter.none.k`) is said apart."""
+    first = error.errors()[0]
+    loc = [str(part) for part in first["loc"]]
+    tags = {tag for union in (DrafterConfig, RuleConfig) for k in flatten(union) for tag in kinds_of(k)}
+    place = [part for i, part in enumerate(loc) if not (i and loc[i - 1] in TAGGED and part in tags)]
+    if first["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(loc[-1], known_keys(kind, loc[:-1]), n=1, cutoff=0.0)
+        right = ".".join([*place[:-1], *near])
+        of = next((f" where {part}.kind is {loc[i + 1]!r}" for i, part in enumerate(loc[:-2]) if part in TAGGED), "")
+        return f"unknown key {'.'.join(place)!r}{of}; did you mean {right!r}?"
+    if first["type"] == "union_tag_invalid":
+        return f"{'.'.join(place)}.kind: {first['ctx']['tag']!r} is none of {first['ctx']['expected_tags']}"
+    return f"{'.'.join(place)}: {first['msg']} (got {first['input']!r})"
+
+
+TAGGED = ("drafter", "rule")
+"""Parts that are tagged unions: pydantic puts the tag into the place of a mistake."""
+
+
+def kinds_of(part: type[BaseModel]) -> tuple[str, ...]:
+    """The tags that a member of a tagged union answers to."""
+    return get_args(part.model_fields["kind"].annotation) if "kind" in part.model_fields else ()
+
+
+def known_keys(kind: type[BaseModel], place: list[str]) -> list[str]:
+    """The fields at a place such as ["drafter", "model"]; tags of unions appear in the place as pydantic writes them."""
+    kinds: list[Any] = [kind]
+    for part in place:
+        inner = [f.annotation for k in kinds for name, f in k.model_fields.items() if name == part]
+        if inner:
+            kinds = [k for annotation in inner for k in flatten(annotation)]
+        else:
+            kinds = [k for k in kinds if part in kinds_of(k)] or kinds
+    return [name for k in kinds for name in k.model_fields]
+
+
+def flatten(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [k for argument in get_args(annotation) for k in flatten(argument)]
