@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from forerun.accept import choose
 from forerun.backends.reference import Reference
 from forerun.config import (
-    DrafterConfig,
+    EMBEDDED,
     DraftModelConfig,
-    EngineConfig,
+    EagleConfig,
+    MedusaConfig,
+    MLPConfig,
     ModelConfig,
     NGramConfig,
     NoDraftConfig,
@@ -17,7 +21,9 @@ from forerun.config import (
 )
 from forerun.draft import Drafter, DraftModel, NGram, NoDraft, build_policy
 from forerun.engine import Engine
-from forerun.model import Loaded, Target, load, probe
+from forerun.heads.store import Head
+from forerun.heads.store import load as load_head
+from forerun.model import ASSETS, Loaded, Target, load, probe
 from forerun.packed import pack
 from forerun.types import Backend, UserError
 
@@ -25,11 +31,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+HeadConfig = MedusaConfig | MLPConfig | EagleConfig
+
+
 class Models:
     """Every model that was asked for so far, loaded once; the reference has its own, unpacked and with its own attention."""
 
     def __init__(self) -> None:
         self.loaded: dict[tuple[ModelConfig, str, str], Loaded] = {}
+        self.heads: dict[tuple[str, str, ModelConfig], tuple[Head, dict[str, Any]]] = {}
 
     def target(self, config: ModelConfig, backend: str = "forerun") -> Loaded:
         return self._get(config, "target", backend)
@@ -41,6 +51,27 @@ class Models:
             device=target.device, attention=target.attention, pack=target.pack,
         )  # fmt: skip
         return self._get(own, "draft", backend)
+
+    def head(self, config: HeadConfig, target: ModelConfig) -> tuple[Head, dict[str, Any]]:
+        """A head in its target's type and place, and what else its config.json says; UserError where it does not fit."""
+        key = (config.kind, config.path, target)
+        if key not in self.heads:
+            model = self.target(target).model
+            path = ASSETS / config.kind if config.path == EMBEDDED else Path(config.path)
+            head, extra = load_head(path)
+            if head.shape.kind != config.kind:
+                raise UserError(f"drafter.path={config.path} holds a head of kind {head.shape.kind}, not {config.kind}")
+            text, vocabulary = model.config.get_text_config(decoder=True), model.get_output_embeddings().out_features
+            if (head.shape.hidden_size, head.shape.vocab_size) != (text.hidden_size, vocabulary):
+                raise UserError(
+                    f"drafter.path={config.path}: its hidden size is {head.shape.hidden_size} and its vocabulary "
+                    f"{head.shape.vocab_size}, the target's {text.hidden_size} and {vocabulary}; give a head trained for this target"
+                )
+            head = head.to(device=model.device, dtype=model.dtype)
+            if target.pack:
+                pack(head)
+            self.heads[key] = head, extra
+        return self.heads[key]
 
     def _get(self, config: ModelConfig, embedded: str, backend: str) -> Loaded:
         if config.recipes:
@@ -59,45 +90,50 @@ def build(variant: Variant, models: Models) -> Backend:
     if variant.backend == "reference":
         return build_reference(variant, models)
     settings, loaded = variant.engine, models.target(variant.model)
-    target = build_target(loaded, variant)
-    draft = None
+    fitting = [loaded.model]
     if isinstance(variant.drafter, DraftModelConfig):
-        drafting = models.draft(variant.drafter, variant.model)
-        refuse_other_vocabulary(loaded, drafting)
-        draft = build_target(drafting, variant)
-    limits = [getattr(one.config, "max_position_embeddings", None) for one in (target, draft) if one is not None]
+        fitting.append(models.draft(variant.drafter, variant.model).model)
+    limits = [getattr(one.config.get_text_config(decoder=True), "max_position_embeddings", None) for one in fitting]
     capacity = min([settings.capacity, *(limit for limit in limits if limit)])
-    drafter = build_drafter(variant.drafter, draft, settings, capacity)
+    drafter = build_drafter(variant, models, capacity)
     rule = choose(variant.rule, drafter.drawn, trees=drafter.size > drafter.depth + 1)
     return Engine(
-        target, drafter, rule, rows=settings.rows, capacity=capacity,
+        build_target(loaded, variant, drafter.features), drafter, rule, rows=settings.rows, capacity=capacity,
         tokenizer=loaded.tokenizer, eos=end_tokens(loaded.model), chunk=settings.chunk, debug=settings.debug,
     )  # fmt: skip
 
 
-def build_target(loaded: Loaded, variant: Variant) -> Target:
+def build_target(loaded: Loaded, variant: Variant, features: Sequence[int] = ()) -> Target:
     """`auto` captures graphs on one GPU and compiles nothing on the CPU, where that takes a minute a shape (docs/log.md)."""
     devices = set((getattr(loaded.model, "hf_device_map", None) or {}).values())
     captures = loaded.model.device.type == "cuda" and len(devices) <= 1
     wanted = variant.engine.compile
-    target = Target(loaded.model, compile=captures if wanted == "auto" else wanted, attention=variant.model.attention)
+    mode = captures if wanted == "auto" else wanted
+    target = Target(loaded.model, features, compile=mode, attention=variant.model.attention)
     probe(target)
     return target
 
 
-def build_drafter(config: DrafterConfig, draft: Target | None, settings: EngineConfig, capacity: int) -> Drafter:
+def build_drafter(variant: Variant, models: Models, capacity: int) -> Drafter:
+    config, settings = variant.drafter, variant.engine
     if isinstance(config, NoDraftConfig):
         return NoDraft()
     policy = build_policy(config.policy, config.k, settings.rows)
     if isinstance(config, NGramConfig):
         return NGram(policy, settings.rows, config.lookup_min, config.lookup_max)
-    assert draft is not None
-    return DraftModel(draft, policy, settings.rows, capacity, config.confidence, config.greedy, settings.chunk)
+    if isinstance(config, DraftModelConfig):
+        drafting = models.draft(config, variant.model)
+        refuse_other_vocabulary(models.target(variant.model), drafting)
+        draft = build_target(drafting, variant)
+        return DraftModel(draft, policy, settings.rows, capacity, config.confidence, config.greedy, settings.chunk)
+    raise UserError(f"drafter.kind={config.kind} is not built yet")
 
 
 def build_reference(variant: Variant, models: Models) -> Backend:
     """transformers' own generate on the same weights, never packed."""
     loaded, drafter = models.target(variant.model, "reference"), variant.drafter
+    if isinstance(drafter, HeadConfig):
+        raise UserError(f"backend=reference: transformers has no drafter of kind {drafter.kind}; take none, ngram or model")
     assistant = None
     if isinstance(drafter, DraftModelConfig):
         draft = models.draft(drafter, variant.model, "reference")
