@@ -65,7 +65,7 @@ class Models:
             if (head.shape.hidden_size, head.shape.vocab_size) != (text.hidden_size, vocabulary):
                 raise UserError(
                     f"drafter.path={config.path}: its hidden size is {head.shape.hidden_size} and its vocabulary "
-                    f"{head.shape.vocab_size}, the target's {text.hidden_size} and {vocabulary}; give a head trained for this target"
+                    f"{head.shape.vocab_size}, the target's {text.hidden_size} and {vocabulary}; give one made for it"
                 )
             head = head.to(device=model.device, dtype=model.dtype)
             if target.pack:

@@ -159,13 +159,17 @@ def audit_endpoint(
     samples: Annotated[int | None, typer.Option(help="Drawn completions a server; more see smaller differences.")] = None,
     tokens: Annotated[int | None, typer.Option(help="First tokens whose law is compared.")] = None,
     temperature: Temperature = None,
+    concurrency: Annotated[int | None, typer.Option(help="Requests in flight at each server.")] = None,
+    timeout: Annotated[float | None, typer.Option(help="Seconds that one request may take.")] = None,
     json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Two servers, with and without speculation: same law of the first tokens, same greedy text?"""
     from forerun.verbs import audit
 
     options = {"model": model, "samples": samples, "tokens": tokens, "temperature": temperature}
-    finish(audit.endpoint(url, against, prompts, options, as_json=json))
+    options |= {"concurrency": concurrency, "timeout_s": timeout}
+    finish(audit.endpoint(url, against, prompts, options, as_json=json, quiet=quiet))
 
 
 def finish(status: int) -> None:

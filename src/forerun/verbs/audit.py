@@ -40,7 +40,7 @@ def divergence(words: Sequence[str], *, as_json: bool, quiet: bool) -> int:
     return tell(audit(experiment(words, "divergence"), quiet=quiet), as_json)
 
 
-def endpoint(url: str, against: str, prompts: str | None, options: dict[str, Any], *, as_json: bool) -> int:
+def endpoint(url: str, against: str, prompts: str | None, options: dict[str, Any], *, as_json: bool, quiet: bool) -> int:
     """Two servers, the same prompts."""
     from forerun.audit.endpoint import endpoint as audit
     from forerun.bench.workload import read
@@ -50,7 +50,8 @@ def endpoint(url: str, against: str, prompts: str | None, options: dict[str, Any
     texts = [line.text for line in read(config)]
     if not texts:
         raise UserError(f"--prompts {prompts}: no prompt in the file; it takes one a line")
-    return tell(audit(url, against, prompts=texts, **{k: v for k, v in options.items() if v is not None}), as_json)
+    given = {key: value for key, value in options.items() if value is not None}
+    return tell(audit(url, against, prompts=texts, quiet=quiet, **given), as_json)
 
 
 def experiment(words: Sequence[str], verb: str) -> Experiment:
