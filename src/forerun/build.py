@@ -58,16 +58,10 @@ class Models:
         if key not in self.heads:
             model = self.target(target).model
             path = ASSETS / config.kind if config.path == EMBEDDED else Path(config.path)
-            head, extra = load_head(path)
+            head, extra = load_head(path, model.dtype, model.config)
             if head.shape.kind != config.kind:
                 raise UserError(f"drafter.path={config.path} holds a head of kind {head.shape.kind}, not {config.kind}")
-            text, vocabulary = model.config.get_text_config(decoder=True), model.get_output_embeddings().out_features
-            if (head.shape.hidden_size, head.shape.vocab_size) != (text.hidden_size, vocabulary):
-                raise UserError(
-                    f"drafter.path={config.path}: its hidden size is {head.shape.hidden_size} and its vocabulary "
-                    f"{head.shape.vocab_size}, the target's {text.hidden_size} and {vocabulary}; give one made for it"
-                )
-            head = head.to(device=model.device, dtype=model.dtype)
+            head = head.to(model.device)
             if target.pack:
                 pack(head)
             self.heads[key] = head, extra

@@ -37,6 +37,8 @@ class EagleShape:
     rope_parameters: Mapping[str, Any] = field(default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0})
     max_position_embeddings: int = 2048
     fc_bias: bool = True  # version 1 only
+    qkv_bias: bool = False  # heads for targets that have it (Qwen2)
+    norm_before_residual: bool = False  # version 3: the layer adds to the normed state, not to the state as it came
     kind: Literal["eagle"] = "eagle"
 
     @property
@@ -57,11 +59,16 @@ class EagleShape:
         return config
 
 
+def low_middle_high(layers: int) -> tuple[int, int, int]:
+    """What version 3 reads of a target with so many layers: the states that enter layers 2, half and the last but two."""
+    return min(2, layers), layers // 2, max(layers - 3, 1)
+
+
 def shape_for(target: PreTrainedConfig, version: Literal[1, 3] = 3, **over: Any) -> EagleShape:
     """A head for a target: its widths, heads and rotary positions; version 3 reads a low, a middle and a high layer."""
     text: Any = target.get_text_config(decoder=True)
     layers, heads = text.num_hidden_layers, text.num_attention_heads
-    features = (-1,) if version == 1 else (min(2, layers), layers // 2, max(layers - 3, 1))
+    features = (-1,) if version == 1 else low_middle_high(layers)
     rope = getattr(text, "rope_parameters", None) or {"rope_type": "default", "rope_theta": 10000.0}
     rope = rope if "rope_type" in rope else next(iter(rope.values()))  # one for each type of layer: the first will do
     return EagleShape(
@@ -89,12 +96,13 @@ class Eagle(nn.Module):
         self.after_attention = LlamaRMSNorm(size, eps=shape.rms_norm_eps)
         self.mlp = LlamaMLP(config)
         self.rotary = LlamaRotaryEmbedding(config)
+        reads = size if shape.version == 1 else wide  # version 3 reads token and state side by side
+        for name in ("q_proj", "k_proj", "v_proj"):
+            setattr(self.attention, name, nn.Linear(reads, getattr(self.attention, name).out_features, bias=shape.qkv_bias))
         if shape.version == 1:
             self.join = nn.Linear(wide, size, bias=shape.fc_bias)
             return
         self.join = nn.Linear(len(shape.features) * size, size, bias=False)
-        for name in ("q_proj", "k_proj", "v_proj"):  # they read token and state side by side
-            setattr(self.attention, name, nn.Linear(wide, getattr(self.attention, name).out_features, bias=False))
         self.token_norm = LlamaRMSNorm(size, eps=shape.rms_norm_eps)
         self.state_norm = LlamaRMSNorm(size, eps=shape.rms_norm_eps)
         self.last_norm = LlamaRMSNorm(size, eps=shape.rms_norm_eps)
@@ -115,7 +123,9 @@ class Eagle(nn.Module):
         if self.shape.version == 1:
             residual = read = self.join(torch.cat([embeds_BNH, states_BNH], -1))
         else:
-            residual, read = states_BNH, torch.cat([self.token_norm(embeds_BNH), self.state_norm(states_BNH)], -1)
+            normed = self.state_norm(states_BNH)
+            residual = normed if self.shape.norm_before_residual else states_BNH
+            read = torch.cat([self.token_norm(embeds_BNH), normed], -1)
         mixed = residual + self.attention(read, rotary, mask, past_key_values=cache)[0]
         states: Tensor = mixed + self.mlp(self.after_attention(mixed))
         return states

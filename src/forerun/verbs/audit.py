@@ -1,4 +1,4 @@
-"""`forerun audit`: one question about losslessness, its verdict, the evidence, and an exit status (0 yes, 1 no, 3 undecided)."""
+"""`forerun audit`: a verdict on losslessness, its evidence, and an exit status (0 yes, 1 no, 3 undecided)."""
 
 from __future__ import annotations
 
