@@ -20,6 +20,7 @@ KEYS = {
     "tokens", "wall_seconds", "tokens_per_second", "ttft_ms", "ms_per_token", "latency_ms", "speedup", "speedup_e2e", "rounds",
     "drafted", "accepted", "acceptance_rate", "conditional_acceptance", "block_efficiency", "rollbacks", "rejected_tokens",
     "draft_wastage", "verification_wastage", "overhead", "efficiency_gain", "identity_residual", "seconds", "lossless",
+    "rule", "label", "meaningless", "rule_evidence",
     "exact_share", "peak_memory_bytes", "weight_bytes", "utilization_percent", "quality",
 }  # fmt: skip
 
@@ -219,8 +220,10 @@ def leaves(value: object) -> list[object]:
 
 
 def test_a_failed_variant_is_null_beside_its_error() -> None:
-    plain = Run([record()], 1.0, facts={"lossless": True})
-    found = metrics.summarize({"plain": plain, "bad": Run([record()], 1.0, facts={"lossless": True}, error="broke")}, "plain")
+    facts = {"lossless": True, "rule": "block", "label": "lossless for p", "meaningless": False, "rule_evidence": {"tv": 0.0}}
+    plain = Run([record()], 1.0, facts=facts)
+    found = metrics.summarize({"plain": plain, "bad": Run([record()], 1.0, facts=facts, error="broke")}, "plain")
+    assert {name: found["variants"]["plain"][name] for name in facts} == facts
     bad = found["variants"]["bad"]
     assert bad.pop("error") == "broke"
     assert bad.pop("requests") == 0

@@ -87,8 +87,8 @@ def examine(rule: Rule) -> Evidence:
     for case in cases(rule.trees):
         law = rule.law(case.tree, score(case.tree, case.target))
         out, right = first_tokens(case.tree, law, case.target, case.weights_B), case.target.joint()
-        if not distance(out, right) <= joint_tv:  # a law that is no number counts as worst, too
-            joint_tv, worst_case = distance(out, right), show(case, out, right)
+        if (off := distance(out, right)) > joint_tv:
+            joint_tv, worst_case = off, show(case, out, right)
     ours, standard = drafts_accepted(rule), drafts_accepted(Standard())
     return Evidence(
         rule=describe(rule),
@@ -154,19 +154,19 @@ def cases(trees: bool) -> Iterator[Case]:
             yield Case(label, tree, weights_B, target, draft)
 
 
-def drafts_accepted(rule: Rule) -> Tensor:
-    """[24]: expected accepted drafts of drawn chains of 4, over pairs of laws from unlike to alike."""
+def drafts_accepted(rule: Rule, drafts: int = 4) -> Tensor:
+    """[24]: expected accepted drafts of drawn chains, over pairs of laws from unlike to alike."""
     expected = []
     for seed in range(24):
-        target = random_process(5, 5, seeded(seed))
-        other = random_process(5, 4, seeded(1000 + seed))
+        target = random_process(5, drafts + 1, seeded(seed))
+        other = random_process(5, drafts, seeded(1000 + seed))
         likeness = seed / 24
         mixed = [
             (likeness * p.log() + (1 - likeness) * q.log()).softmax(-1) for p, q in zip(target.laws, other.laws, strict=False)
         ]
-        tree, weights_B = drawn_chains(Process(tuple(mixed)), 4)
+        tree, weights_B = drawn_chains(Process(tuple(mixed)), drafts)
         counts_D = accepted(tree, rule.law(tree, score(tree, target)), weights_B)
-        expected.append(float((counts_D * torch.arange(5)).sum()))
+        expected.append(float((counts_D * torch.arange(drafts + 1)).sum()))
     return torch.tensor(expected, dtype=torch.float64)
 
 

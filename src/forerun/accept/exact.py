@@ -6,6 +6,7 @@ Shape suffixes: B trees (each with a weight, the probability that it is drafted)
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -166,5 +167,6 @@ def accepted(tree: Tree, law: Law, weights_B: Tensor) -> Tensor:
 
 
 def distance(one: Tensor, other: Tensor) -> float:
-    """Total variation; lost or invented mass counts."""
-    return float((one - other).abs().sum() / 2)
+    """Total variation; lost or invented mass counts, and what is no number is infinitely far."""
+    half = float((one - other).abs().sum() / 2)
+    return math.inf if math.isnan(half) else half

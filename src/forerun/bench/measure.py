@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from forerun.bench import hardware, memory, report, workload
+from forerun.bench import hardware, labels, memory, report, workload
 from forerun.bench.metrics import Record, RoundRecord, Run, summarize
 from forerun.bench.workload import Prompt
 from forerun.config import Experiment, NoDraftConfig, Variant, save
@@ -28,6 +28,8 @@ from forerun.types import Backend, Delta, Phases, Request, Sampling, UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from forerun.accept.evidence import Evidence
 
 STALL_S = 900.0  # steps that yield nothing for this long are a fault of the backend
 
@@ -164,18 +166,20 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def prepare(lanes: list[Lane], baseline: str, experiment: Experiment, maker: Maker, console: Console) -> None:
-    """Build every backend, load its prompts in its own tokens, and warm it up; the baseline first, since all hangs on it."""
+    """Build every backend, label its rule, load its prompts in its own tokens, and warm it up; the baseline first."""
+    examined: dict[str, Evidence] = {}
     for lane in sorted(lanes, key=lambda lane: lane.name != baseline):
         lane.folder.mkdir(exist_ok=True)
         with console.status(f"{lane.name}: building and warming up"), guarded(lane, baseline):
             lane.backend = maker.build(lane.variant)
+            told = labels.of(lane.backend, lane.variant, examined)
             room = room_for_prompts(lane.backend.facts, lane.variant)
             vocabulary = maker.vocabulary(lane.variant)
             lane.prompts = workload.load(experiment.workload, lane.backend.tokenizer, vocabulary, room)
             for i in range(experiment.warmup):
                 prompt = lane.prompts[i % len(lane.prompts)]
                 serve(lane.backend, [request(prompt, lane.variant, experiment, f"warm-up {i}")], 1)
-            lane.facts = lane.backend.facts
+            lane.facts = lane.backend.facts | told
 
 
 def room_for_prompts(facts: dict[str, Any], variant: Variant) -> int:

@@ -113,7 +113,7 @@ def variant(run: Run, baseline: Run, seed: int = 0) -> dict[str, Any]:
     figures["efficiency_gain"] = None if speedup is None else speedup - 1
     figures["identity_residual"] = residual(figures["block_efficiency"], figures["overhead"], speedup)
     figures |= {
-        "lossless": run.facts.get("lossless"),
+        **{key: run.facts.get(key) for key in ("rule", "label", "lossless", "meaningless", "rule_evidence")},
         "exact_share": exact_share(run, baseline),
         "peak_memory_bytes": run.peak_memory_bytes,
         "weight_bytes": run.facts.get("weight_bytes"),

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from forerun.draft.drawing import Drawn, draw, drawn_chain
 from forerun.draft.policy import LengthPolicy
-from forerun.draft.protocol import Batch, Outcome, Row
+from forerun.draft.protocol import Batch, Outcome
 from forerun.model import Target
-from forerun.sampling import exponentials, law, path_counts, penalize, race
 from forerun.tree import Tree, chain, chain_parents
 
 
@@ -51,28 +51,25 @@ class DraftModel:
         depth = max(depths)
         if depth == 0:
             return chain(batch.pending_B, [[] for _ in batch.rows])
-        pending_B = batch.pending_B
         wants_probs = self.drawn and not batch.warp.all_greedy
         logits_BV = self._first_pass(batch)
-        tokens, probs = [pending_B], []
+        tokens, probs = [batch.pending_B], []
         for i in range(1, depth + 1):
             drawing = [row if own >= i else None for row, own in zip(batch.rows, depths, strict=True)]
-            token_B, probs_BV, own_BV = self._draw(logits_BV, batch, drawing, tokens, wants_probs)
-            tokens.append(token_B)
-            if wants_probs:
-                probs.append(probs_BV)
+            drawn = draw(logits_BV, batch, drawing, tokens, wants_probs)
+            tokens.append(drawn.token_B)
+            if drawn.probs_BV is not None:
+                probs.append(drawn.probs_BV)
             if self.confidence > 0:
-                sure = (own_BV.gather(1, token_B[:, None])[:, 0] >= self.confidence).tolist()
+                sure = (sureness(drawn, batch) >= self.confidence).tolist()
                 depths = [own if fine else min(own, i) for own, fine in zip(depths, sure, strict=True)]
             if max(depths) <= i:
                 break
-            node = Tree(token_B[:, None], chain_parents([0] * len(depths), 0, token_B.device), 0, None, True)
+            node = Tree(drawn.token_B[:, None], chain_parents([0] * len(depths), 0, self.target.device), 0, None, True)
             logits_BV = self.target.verify(node, self.cache).logits[:, -1]
             self.cache.lengths = [length + 1 for length in self.cache.lengths]
-        depth = len(tokens) - 1
-        self.cache.lengths = [length - (depth - 1) for length in self.cache.lengths]
-        probs_BNV = torch.stack([torch.zeros_like(probs[0]), *probs], 1) if wants_probs else None
-        return Tree(torch.stack(tokens, 1), chain_parents(depths, depth, pending_B.device), depth, probs_BNV, True)
+        self.cache.lengths = [length - (len(tokens) - 2) for length in self.cache.lengths]
+        return drawn_chain(tokens, depths, probs)
 
     def _first_pass(self, batch: Batch) -> Tensor:
         """Feed what the cache lacks, up to and with the pending token; returns logits after it, [B, V]."""
@@ -90,28 +87,6 @@ class DraftModel:
         last_B = torch.tensor([len(part) - 1 for part in lacking], device=device)
         return logits_BWV.gather(1, last_B[:, None, None].expand(-1, 1, logits_BWV.shape[2]))[:, 0]
 
-    def _draw(
-        self, logits_BV: Tensor, batch: Batch, drawing: Sequence[Row | None], tokens: list[Tensor], wants_probs: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The next token of every row, the law that it is drawn from (where needed), and how sure the draft is of each.
-
-        Only the rows of `drawing` use up random numbers, so that a row's stream does not depend on its neighbours' depths.
-        """
-        warp, path_BNV = batch.warp, None
-        if warp.penalties_B3 is not None and len(tokens) > 1:
-            drafted = torch.stack(tokens, 1)
-            width = len(tokens) - 1
-            so_far = Tree(drafted, chain_parents([width] * len(drafted), width, drafted.device), width, None, True)
-            path_BNV = path_counts(so_far, logits_BV.shape[1])[:, -1:]
-        logits_BV = penalize(logits_BV[:, None], warp, batch.counts, path_BNV)[:, 0]
-        own_BV = logits_BV.softmax(-1) if self.confidence > 0 else logits_BV
-        if not wants_probs:
-            return logits_BV.argmax(-1), own_BV, own_BV
-        probs_BV = law(logits_BV[:, None], warp)[:, 0]
-        streams = [row.randomness.draft if row and not row.sampling.greedy else None for row in drawing]
-        sure_BV = torch.where(warp.greedy_B[:, None], own_BV, probs_BV)  # a greedy row's law is one-hot, hence always sure
-        return race(probs_BV, exponentials(streams, probs_BV.shape[1], probs_BV.device)), probs_BV, sure_BV
-
     def observe(self, batch: Batch, outcome: Outcome) -> None:
         """Keep what was accepted and fed: the last drafted token was never fed."""
         fed = outcome.nodes - 2  # drafted tokens in the cache, beyond the pending one
@@ -124,3 +99,11 @@ class DraftModel:
 
     def release(self, row: int) -> None:
         self.cache.release(row)
+
+
+def sureness(drawn: Drawn, batch: Batch) -> Tensor:
+    """[B]: how probable the draft itself holds each token; of a drawn one, by the law that it was drawn from."""
+    own_BV = drawn.logits_BV.softmax(-1)
+    if drawn.probs_BV is not None:  # a greedy row's law is one-hot, hence always sure
+        own_BV = torch.where(batch.warp.greedy_B[:, None], own_BV, drawn.probs_BV)
+    return own_BV.gather(1, drawn.token_B[:, None])[:, 0]

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from forerun.bench import methods
+from forerun.bench import labels, methods
 from forerun.bench.measure import Maker, explain, out_of_memory, serve, to_record
 from forerun.bench.metrics import Record, acceptance
 from forerun.bench.workload import Prompt
@@ -52,9 +52,9 @@ def run(
             raise UserError(explain(error, variant)) from error
         raise
     if as_json:
-        print(json.dumps(describe(backend, records), ensure_ascii=False))
+        print(json.dumps(describe(backend, variant, records), ensure_ascii=False))
     elif not quiet:
-        print(remark(records), file=sys.stderr)
+        print(remark(backend, records), file=sys.stderr)
     return 0
 
 
@@ -138,15 +138,20 @@ def figures(record: Record) -> dict[str, Any]:
     }
 
 
-def describe(backend: Backend, records: list[Record]) -> dict[str, Any]:
-    """The JSON object: the completion's figures, or a list of them where several were asked for."""
-    facts = {key: backend.facts.get(key) for key in ("lossless", "rule", "drafter", "dtype", "device")}
+def describe(backend: Backend, variant: Variant, records: list[Record]) -> dict[str, Any]:
+    """The JSON object: the completion's figures, or a list of them where several were asked for.
+
+    `lossless` is what exact enumeration of the rule says; of a backend that is not ours, what it says of itself.
+    """
+    told = labels.of(backend, variant, {})
+    known = backend.facts | {key: value for key, value in told.items() if value is not None}
+    facts = {key: known.get(key) for key in ("lossless", "rule", "label", "drafter", "dtype", "device")}
     found = [figures(record) for record in records]
     return (found[0] if len(found) == 1 else {"completions": found}) | facts
 
 
-def remark(records: list[Record]) -> str:
-    """One line about speed and acceptance."""
+def remark(backend: Backend, records: list[Record]) -> str:
+    """One line about speed and acceptance, and a rule that admits to change the text."""
     tokens, seconds = sum(len(record.tokens) for record in records), max(record.total_s for record in records)
     parts = [f"{tokens} tokens in {seconds:.2f} s, {tokens / seconds:.1f} tokens/s"]
     told = [acceptance(record.rounds) for record in records]
@@ -155,4 +160,6 @@ def remark(records: list[Record]) -> str:
         rounds = sum(one["rounds"] or 0 for one in told)
         accepted = sum(one["accepted"] or 0 for one in told)
         parts.append(f"{accepted} of {drafted} drafted tokens accepted in {rounds} rounds")
+        if backend.facts.get("lossless") is False:
+            parts.append(f"rule {backend.facts['rule']}: " + ("meaningless text" if backend.facts["meaningless"] else "LOSSY"))
     return "; ".join(parts)
