@@ -79,7 +79,7 @@ def test_help_and_version(tell: Tell) -> None:
         (["bench", "a.yaml", "b.yaml"], "one config file, not 2"),
         (["bench", "modle.path=x"], "unknown key 'modle'; did you mean 'model'?"),
         (["bench", "-k", "-1"], "drafter.k: Input should be greater than or equal to 0 (got -1)"),
-        (["bench", "--method", "magic"], "--method magic: there are naive, ngram and draft"),
+        (["bench", "--method", "magic"], "--method magic: there are naive, ngram, draft, medusa and eagle"),
         (["bench", "--method", "draft", "--model", "x/y"], "needs --draft"),
         (["generate"], "the prompt is empty"),
         (["generate", ""], "the prompt is empty"),

@@ -12,6 +12,7 @@ from forerun.config import (
     EMBEDDED,
     DraftModelConfig,
     EagleConfig,
+    EngineConfig,
     MedusaConfig,
     MLPConfig,
     ModelConfig,
@@ -19,8 +20,28 @@ from forerun.config import (
     NoDraftConfig,
     Variant,
 )
-from forerun.draft import Drafter, DraftModel, NGram, NoDraft, build_policy
+from forerun.draft import (
+    AdaptiveShape,
+    Choices,
+    Drafter,
+    DraftModel,
+    Dynamic,
+    EagleDraft,
+    FixedShape,
+    LengthPolicy,
+    MedusaDraft,
+    MLPDraft,
+    NGram,
+    NoDraft,
+    ShapePolicy,
+    build_policy,
+    default_choices,
+    grid,
+    prefixes,
+    read_choices,
+)
 from forerun.engine import Engine
+from forerun.heads import Eagle, Medusa, MLPSpeculator
 from forerun.heads.store import Head
 from forerun.heads.store import load as load_head
 from forerun.model import ASSETS, Loaded, Target, load, probe
@@ -90,7 +111,7 @@ def build(variant: Variant, models: Models) -> Backend:
     limits = [getattr(one.config.get_text_config(decoder=True), "max_position_embeddings", None) for one in fitting]
     capacity = min([settings.capacity, *(limit for limit in limits if limit)])
     drafter = build_drafter(variant, models, capacity)
-    rule = choose(variant.rule, drafter.drawn, trees=drafter.size > drafter.depth + 1)
+    rule = choose(variant.rule, drafter.drawn, trees=drafter.trees)
     return Engine(
         build_target(loaded, variant, drafter.features), drafter, rule, rows=settings.rows, capacity=capacity,
         tokenizer=loaded.tokenizer, eos=end_tokens(loaded.model), chunk=settings.chunk, debug=settings.debug,
@@ -99,13 +120,16 @@ def build(variant: Variant, models: Models) -> Backend:
 
 def build_target(loaded: Loaded, variant: Variant, features: Sequence[int] = ()) -> Target:
     """`auto` captures graphs on one GPU and compiles nothing on the CPU, where that takes a minute a shape (docs/log.md)."""
-    devices = set((getattr(loaded.model, "hf_device_map", None) or {}).values())
-    captures = loaded.model.device.type == "cuda" and len(devices) <= 1
-    wanted = variant.engine.compile
-    mode = captures if wanted == "auto" else wanted
+    mode = graph_mode(loaded.model, variant.engine)
     target = Target(loaded.model, features, compile=mode, attention=variant.model.attention)
     probe(target)
     return target
+
+
+def graph_mode(model: PreTrainedModel, settings: EngineConfig) -> bool:
+    devices = set((getattr(model, "hf_device_map", None) or {}).values())
+    captures = model.device.type == "cuda" and len(devices) <= 1
+    return captures if settings.compile == "auto" else settings.compile
 
 
 def build_drafter(variant: Variant, models: Models, capacity: int) -> Drafter:
@@ -120,7 +144,59 @@ def build_drafter(variant: Variant, models: Models, capacity: int) -> Drafter:
         refuse_other_vocabulary(models.target(variant.model), drafting)
         draft = build_target(drafting, variant)
         return DraftModel(draft, policy, settings.rows, capacity, config.confidence, config.greedy, settings.chunk)
-    raise UserError(f"drafter.kind={config.kind} is not built yet")
+    return build_head_drafter(config, policy, variant, models, capacity)
+
+
+def build_head_drafter(
+    config: HeadConfig, policy: LengthPolicy, variant: Variant, models: Models, capacity: int
+) -> MedusaDraft | MLPDraft | EagleDraft:
+    """A drafter around a head. Chains are as long as a LengthPolicy says, trees as deep and large as a ShapePolicy says."""
+    head, extra = models.head(config, variant.model)
+    settings = variant.engine
+    if isinstance(config, MLPConfig):
+        assert isinstance(head, MLPSpeculator)
+        return MLPDraft(head, policy, settings.rows)
+    if isinstance(config, MedusaConfig):
+        assert isinstance(head, Medusa)
+        choices = medusa_choices(config, head, extra).cut(min(config.k, head.shape.heads), config.nodes + 1)
+        return MedusaDraft(
+            head, choices, tree_policy(config, prefixes(choices), choices.deepest(choices.size), choices.size), settings.rows
+        )
+    assert isinstance(head, Eagle)
+    model = models.target(variant.model).model
+    tree: Choices | Dynamic | None = None
+    shape_policy: LengthPolicy | ShapePolicy = policy
+    if config.tree == "static":
+        if not config.choices:
+            raise UserError("drafter.tree=static needs drafter.choices, paths of child ranks such as [[0], [1], [0, 0]]")
+        tree = read_choices(config.choices).cut(config.k, len(config.choices) + 1)
+        shape_policy = tree_policy(config, prefixes(tree), tree.deepest(tree.size), tree.size)
+    elif config.tree == "dynamic" and config.k:
+        tree = Dynamic(config.branches)
+        size = tree.size(config.k, config.nodes + 1)
+        shape_policy = tree_policy(config, grid(config.k, size, config.branches), config.k, size)
+    return EagleDraft(
+        head, model.get_input_embeddings(), model.get_output_embeddings(), shape_policy, settings.rows, capacity, tree,
+        drawn=config.tree == "chain" or config.drawn, chunk=settings.chunk, compile=graph_mode(model, settings),
+    )  # fmt: skip
+
+
+def tree_policy(config: HeadConfig, shapes: Sequence[tuple[int, int]], depth: int, nodes: int) -> ShapePolicy:
+    if config.policy == "heuristic":
+        raise UserError(f"drafter.policy=heuristic lengthens and shortens chains; for the trees of {config.kind} take adaptive")
+    return AdaptiveShape(shapes) if config.policy == "adaptive" else FixedShape(depth, nodes)
+
+
+def medusa_choices(config: MedusaConfig, head: Medusa, extra: dict[str, Any]) -> Choices:
+    """The tree of the configuration, else the best one by the accuracies that training measured."""
+    if config.choices:
+        return read_choices(config.choices)
+    if not extra.get("accuracies"):
+        raise UserError(
+            f"drafter.path={config.path}: its config.json has no accuracies to make a tree from; give drafter.choices, "
+            "paths of child ranks such as [[0], [1], [0, 0]]"
+        )
+    return default_choices(extra["accuracies"][: min(config.k, head.shape.heads)], config.nodes + 1)
 
 
 def build_reference(variant: Variant, models: Models) -> Backend:

@@ -19,7 +19,7 @@ app = typer.Typer(
 
 Model = Annotated[str | None, typer.Option(help="Target: hub id or folder. Default: the model that ships with forerun.")]
 Draft = Annotated[str | None, typer.Option(help="Draft model: hub id or folder, with the target's vocabulary.")]
-Method = Annotated[str | None, typer.Option(help="naive, ngram or draft.")]
+Method = Annotated[str | None, typer.Option(help="naive, ngram, draft, medusa or eagle.")]
 Length = Annotated[int | None, typer.Option("-k", help="Tokens to draft each round.")]
 Temperature = Annotated[float | None, typer.Option(help="0 is greedy.")]
 MaxTokens = Annotated[int | None, typer.Option(help="Most new tokens.")]

@@ -11,8 +11,10 @@ if TYPE_CHECKING:
     from forerun.bench.measure import Maker
     from forerun.model import Loaded
 
-SHIPPED = ("ngram", "model")
+SHIPPED = ("ngram", "model", "medusa", "eagle")
 """The drafters that `forerun bench` runs beside plain decoding, each named after its method."""
+TRAINED = ("model", "medusa", "eagle")
+"""Those that fit the embedded target only."""
 
 
 def compare(wanted: Sequence[str], drafter: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -27,6 +27,7 @@ class MedusaDraft:
 
     features: tuple[int, ...] = (-1,)
     drawn = False
+    trees = True
 
     def __init__(self, head: Medusa, choices: Choices, policy: ShapePolicy, rows: int) -> None:
         self.head, self.policy = head, policy

@@ -21,6 +21,7 @@ class MLPDraft:
     """Up to one token for each of the head's steps. `greedy` drafts the best token even where the request samples."""
 
     features: tuple[int, ...] = (-1,)
+    trees = False
 
     def __init__(self, head: MLPSpeculator, policy: LengthPolicy, rows: int, greedy: bool = False) -> None:
         self.head, self.policy = head, policy

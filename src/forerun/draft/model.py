@@ -26,6 +26,7 @@ class DraftModel:
     """
 
     features: tuple[int, ...] = ()
+    trees = False
 
     def __init__(
         self,

@@ -44,7 +44,7 @@ class NGram:
     """Looks up suffixes of lookup_max down to lookup_min tokens in prompt and output (Saxena 2023)."""
 
     features: tuple[int, ...] = ()
-    drawn = False
+    drawn = trees = False
 
     def __init__(self, policy: LengthPolicy, rows: int, lookup_min: int = 1, lookup_max: int = 3) -> None:
         self.policy = policy

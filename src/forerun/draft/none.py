@@ -11,7 +11,7 @@ from forerun.tree import Tree, chain
 
 
 class NoDraft:
-    depth, size, drawn = 0, 1, False
+    depth, size, drawn, trees = 0, 1, False, False
     features: tuple[int, ...] = ()
 
     def admit(self, row: int, prompt: Sequence[int], hidden_TH: Tensor | None) -> None:

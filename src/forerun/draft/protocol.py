@@ -65,13 +65,14 @@ class Outcome:
 class Drafter(Protocol):
     """Proposes trees. `depth` is the longest path it may propose, `size` the most nodes, `features` the target layers it wants.
 
-    `drawn`: its trees carry the laws that they were drawn from (wherever a row samples).
+    `drawn`: its trees carry the laws that they were drawn from (wherever a row samples). `trees`: they may branch.
     """
 
     depth: int
     size: int
     features: tuple[int, ...]
     drawn: bool
+    trees: bool
 
     def admit(self, row: int, prompt: Sequence[int], hidden_TH: Tensor | None) -> None:
         """A request starts in a row; `hidden_TH` are the wanted layers' states over its prompt."""

@@ -17,6 +17,9 @@ from forerun.config import EMBEDDED, METHODS, Experiment, load
 from forerun.types import UserError
 from forerun.verbs.common import hush_libraries, known_method
 
+NEEDS = {"model": "--draft, a smaller model of the same family"} | dict.fromkeys(
+    ("medusa", "eagle"), "a head for it: drafter.path=FOLDER in a config, from forerun train or a public one"
+)
 RUN_FILES = ("config.yaml", "environment.json", "summary.json", "report.md", "report.html")
 
 
@@ -79,12 +82,13 @@ def plan(words: Sequence[str], flags: dict[str, Any], drafter: dict[str, Any], m
 
 
 def wanted(method: str | None, path: str, has_draft: bool) -> Sequence[str]:
-    """The method asked for, or all that ship; the embedded draft goes with the embedded target only."""
+    """The method asked for, or all that ship; the embedded draft and heads go with the embedded target only."""
     draftless = path != EMBEDDED and not has_draft
     if method is None:
-        return [name for name in methods.SHIPPED if not (draftless and name == "model")]
-    if METHODS[method] == "model" and draftless:
-        raise UserError(f"--method {method} with a model of your own needs --draft, a smaller model of the same family")
+        own = ["ngram", "model"] if has_draft else ["ngram"]
+        return methods.SHIPPED if path == EMBEDDED else own
+    if METHODS[method] in methods.TRAINED and draftless:
+        raise UserError(f"--method {method} with a model of your own needs {NEEDS[METHODS[method]]}")
     return [method]
 
 

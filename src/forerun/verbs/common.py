@@ -9,7 +9,7 @@ from forerun.types import UserError
 def known_method(method: str) -> str:
     """The drafter kind of a `--method`."""
     if method not in METHODS:
-        raise UserError(f"--method {method}: there are naive, ngram and draft")
+        raise UserError(f"--method {method}: there are naive, ngram, draft, medusa and eagle")
     return METHODS[method]
 
 
