@@ -75,15 +75,16 @@ def test_planted_rules_are_caught_by_enumeration(name: str) -> None:
     assert "not lossless" in done.stdout
 
 
+PIPELINE = ("rule.kind=import", "drafter.kind=model", "engine.rows=16", "--quiet")
+
+
 def test_a_planted_noise_that_is_shared_is_caught_by_the_engine() -> None:
-    done = planted(
-        "engine", "rule.kind=import", "rule.path=planted:SharedNoise", "drafter.kind=model", "--tokens", "60000", "-q"
-    )
+    done = planted("engine", "rule.path=planted:SharedNoise", *PIPELINE, "--tokens", "60000")
     assert done.returncode == 1, done.stderr
     assert "not lossless" in done.stdout
 
 
 def test_a_planted_cache_fault_lowers_the_acceptance_of_an_identical_draft() -> None:
-    done = planted("engine", "rule.kind=import", "rule.path=planted:OffByOne", "drafter.kind=model", "--tokens", "4000", "-q")
+    done = planted("engine", "rule.path=planted:OffByOne", *PIPELINE, "--tokens", "2000")
     assert done.returncode == 1, done.stderr
     assert "acceptance below 1 for an identical draft" in done.stdout

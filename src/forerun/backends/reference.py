@@ -168,7 +168,8 @@ class Reference:
             no_repeat_ngram_size=0,
             num_beams=1,
             eos_token_id=sorted(jobs[0].ends),  # an empty list, since None would bring the checkpoint's own back
-            pad_token_id=0,
+            # Assisted decoding masks this token wherever it stands in a prompt: it must be none that can stand there.
+            pad_token_id=self.model.get_output_embeddings().out_features if self.assisted else 0,
             use_cache=True,
         )
         if not sampling.greedy and (sampling.min_p or self.model.generation_config.min_p):
