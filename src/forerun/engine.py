@@ -20,7 +20,7 @@ from forerun.accept import Rule, Verdict, describe, walk, walk_greedy
 from forerun.draft import Batch, Drafter, Outcome, Row
 from forerun.model import Target
 from forerun.packed import weight_bytes
-from forerun.sampling import Counts, Randomness, build_warp, exponentials, law, path_counts, penalize, race, uniforms
+from forerun.sampling import Counts, Randomness, best, build_warp, exponentials, law, path_counts, penalize, race, uniforms
 from forerun.text import Detokenizer, cut
 from forerun.tree import Tree
 from forerun.types import Delta, Phases, Request, Round, UserError
@@ -278,7 +278,7 @@ class Engine:
             path_BNV = path_counts(tree, logits_BNV.shape[2]) if warp.penalties_B3 is not None else None
             logits_BNV = penalize(logits_BNV, warp, batch.counts, path_BNV)
         if warp.all_greedy and self.rule.lossless:
-            return walk_greedy(tree, logits_BNV.argmax(-1))
+            return walk_greedy(tree, best(logits_BNV))
         # A greedy row's law is one-hot: no lossless rule needs numbers for it, but a lossy one may still toss coins.
         streams = [row.randomness.verify if row and not row.sampling.greedy else None for row in batch.rows]
         tosses = streams if self.rule.lossless else [row.randomness.verify if row else None for row in batch.rows]

@@ -32,18 +32,16 @@ class Block:
     def law(self, tree: Tree, p_BNV: Tensor) -> Law:
         assert tree.is_chain or tree.size == 1, "block admits chains only"
         ratio_BN = ratio(of_target(tree, p_BNV), of_draft(tree, p_BNV))
-        reach_B = torch.ones_like(ratio_BN[:, 0])
-        reach, accept = [reach_B], [reach_B]
+        reach = [torch.ones_like(ratio_BN[:, 0])]
         for node in range(1, tree.size):
-            reach_B = (reach_B * ratio_BN[:, node]).clamp_max(1.0)
-            reach.append(reach_B)
-            if node + 1 == tree.size:
-                accept.append(reach_B)
-                break
-            next_B = torch.full_like(tree.tokens_BN[:, 0], node + 1)
-            left_B = (reach_B[:, None] * p_BNV[:, node]).sub_(draft_law(tree, next_B, p_BNV[:, node])).clamp_min_(0).sum(1)
-            accept.append(torch.where(tree.valid_BN[:, node + 1], ratio(left_B, left_B + (1 - reach_B)), reach_B))
-        reach_BN, accept_BN = torch.stack(reach, 1), torch.stack(accept, 1).masked_fill(~tree.valid_BN, 0.0)
+            reach.append((reach[-1] * ratio_BN[:, node]).clamp_max(1.0))
+        reach_BN = torch.stack(reach, 1)
+        accept_BN = reach_BN.clone()
+        if tree.size > 2:  # the nodes between the pending one and the last
+            inner_BN = reach_BN[:, 1:-1]
+            left_BN = uncovered(tree, inner_BN, p_BNV)
+            accept_BN[:, 1:-1] = torch.where(tree.valid_BN[:, 2:], ratio(left_BN, left_BN + (1 - inner_BN)), inner_BN)
+        accept_BN = accept_BN.masked_fill(~tree.valid_BN, 0.0)
 
         def residual(end_B: Tensor) -> Tensor:
             p_BV = at_node(p_BNV, end_B)
@@ -52,3 +50,13 @@ class Block:
             return torch.where(has_child_B[:, None], normalize(mass_BV, p_BV), p_BV)
 
         return Law(accept_BN, residual, last=True)
+
+
+def uncovered(tree: Tree, reach_BN: Tensor, p_BNV: Tensor) -> Tensor:
+    """sum_x (r p(x) - q(x))+ of each node between the pending one and the last, q the law of the node after it."""
+    mass_BNV = reach_BN[..., None] * p_BNV[:, 1:-1]
+    if tree.probs_BNV is None:
+        mass_BNV.scatter_add_(2, tree.tokens_BN[:, 2:, None], -torch.ones_like(reach_BN)[..., None])
+    else:
+        mass_BNV.sub_(tree.probs_BNV[:, 2:])
+    return mass_BNV.clamp_min_(0).sum(-1)

@@ -27,11 +27,15 @@ def of_draft(tree: Tree, p_BNV: Tensor) -> Tensor:
     return tree.probs_BNV.gather(2, tree.tokens_BN[..., None])[..., 0].to(p_BNV.dtype)
 
 
-def draft_law(tree: Tree, node_B: Tensor, p_BV: Tensor) -> Tensor:
-    """[B, V]: the law that a node of each row was drawn from, one-hot where it was chosen; like p_BV in shape and type."""
+def draft_law(tree: Tree, node_B: Tensor | int, p_BV: Tensor) -> Tensor:
+    """[B, V]: the law that a node of each row (or one node of all) was drawn from, one-hot where it was chosen; typed as p_BV.
+
+    May be a view of the tree's laws: not to be written to.
+    """
     if tree.probs_BNV is not None:
-        return at_node(tree.probs_BNV, node_B).to(p_BV.dtype)
-    return torch.zeros_like(p_BV).scatter_(1, tree.tokens_BN.gather(1, node_B[:, None]), 1.0)
+        return (tree.probs_BNV[:, node_B] if isinstance(node_B, int) else at_node(tree.probs_BNV, node_B)).to(p_BV.dtype)
+    token_B = tree.tokens_BN[:, node_B] if isinstance(node_B, int) else tree.tokens_BN.gather(1, node_B[:, None])[:, 0]
+    return torch.zeros_like(p_BV).scatter_(1, token_B[:, None], 1.0)
 
 
 def ratio(over: Tensor, under: Tensor) -> Tensor:
@@ -62,7 +66,7 @@ def chain_law(tree: Tree, p_BNV: Tensor, accept_BN: Tensor, left: Callable[[Tens
         p_BV = at_node(p_BNV, end_B)
         child_B, has_child_B = child_of(tree, end_B)
         q_BV = draft_law(tree, child_B, p_BV)
-        mass_BV = (p_BV - q_BV).clamp_min(0) if left is None else left(p_BV, q_BV)
+        mass_BV = (p_BV - q_BV).clamp_min_(0) if left is None else left(p_BV, q_BV)
         return torch.where(has_child_B[:, None], normalize(mass_BV, p_BV), p_BV)
 
     return Law(from_root(accept_BN, tree), residual)

@@ -47,5 +47,6 @@ class Match:
         p_BV = at_node(p_BNV, end_B)
         is_child_BN = (tree.parents_BN == end_B[:, None]) & tree.valid_BN
         is_child_BN[:, 0] = False
-        child_BV = torch.zeros_like(p_BV).scatter_add_(1, tree.tokens_BN, is_child_BN.to(p_BV.dtype))
-        return normalize(p_BV.masked_fill(child_BV > 0, 0.0), p_BV)
+        # The least of a token's entries: it is 0 if any child carries it.
+        left_BN = p_BV.gather(1, tree.tokens_BN).masked_fill(is_child_BN, 0.0)
+        return normalize(p_BV.scatter_reduce(1, tree.tokens_BN, left_BN, "amin"), p_BV)

@@ -30,13 +30,16 @@ class MultiRound:
 
     def law(self, tree: Tree, p_BNV: Tensor) -> Law:
         row_B = torch.arange(tree.rows, device=p_BNV.device)
-        left_BNV = p_BNV.clone()  # of each node: its law after the children before this one were refused
+        mass_BNV = p_BNV.clone()  # of each node: what its children so far leave of its law, not normalized
+        total_BN = torch.ones_like(p_BNV[..., 0])  # its sum
         accept = [torch.ones_like(p_BNV[:, 0, 0])]
         for node in range(1, tree.size):
             parent_B, token_B = tree.parents_BN[:, node].clamp_min(0), tree.tokens_BN[:, node]
-            p_BV = left_BNV[row_B, parent_B]
-            q_BV = draft_law(tree, torch.full_like(parent_B, node), p_BV)
-            accept.append(ratio(p_BV[row_B, token_B], q_BV[row_B, token_B]))
-            refused_BV = normalize((p_BV - q_BV).clamp_min(0), p_BV)
-            left_BNV[row_B, parent_B] = torch.where(tree.valid_BN[:, node, None], refused_BV, p_BV)
-        return Law(from_root(torch.stack(accept, 1), tree), lambda end_B: at_node(left_BNV, end_B))
+            mass_BV, total_B = mass_BNV[row_B, parent_B], total_BN[row_B, parent_B]
+            q_BV = draft_law(tree, node, mass_BV)
+            accept.append(ratio(mass_BV[row_B, token_B], total_B * q_BV[row_B, token_B]))
+            left_BV = mass_BV.addcmul_(q_BV, total_B[:, None], value=-1).clamp_min_(0)
+            goal_B = torch.where(tree.valid_BN[:, node], parent_B, node)  # a padding node takes from nobody but itself
+            mass_BNV[row_B, goal_B], total_BN[row_B, goal_B] = left_BV, left_BV.sum(1)
+        accept_BN = from_root(torch.stack(accept, 1), tree)
+        return Law(accept_BN, lambda end_B: normalize(at_node(mass_BNV, end_B), at_node(p_BNV, end_B)))

@@ -77,14 +77,18 @@ class MinPRatio:
     meaningless = False
 
     def law(self, tree: Tree, p_BNV: Tensor) -> Law:
-        q_BNV = tree.probs_BNV  # one-hot laws of chosen drafts have nothing to filter
-        drawn = tree if q_BNV is None else Tree(tree.tokens_BN, tree.parents_BN, tree.depth, self._filter(q_BNV), tree.is_chain)
-        return chain_law(tree, p_BNV, ratio(of_target(tree, self._filter(p_BNV)), of_draft(drawn, p_BNV)))
+        p_BN, q_BN = of_target(tree, p_BNV), of_draft(tree, p_BNV)
+        p_BN = self._filter(p_BN, p_BNV, tree.parents_BN.clamp_min(0))
+        if tree.probs_BNV is not None:  # one-hot laws of chosen drafts have nothing to filter
+            q_BN = self._filter(q_BN, tree.probs_BNV, torch.arange(tree.size, device=q_BN.device).expand_as(q_BN))
+        return chain_law(tree, p_BNV, ratio(p_BN, q_BN))
 
-    def _filter(self, p_BNV: Tensor) -> Tensor:
-        low_BNV = p_BNV < self.min_p * p_BNV.amax(-1, keepdim=True)
-        kept_BNV = p_BNV.masked_fill(low_BNV, math.exp(self.filter_value))
-        return kept_BNV / kept_BNV.sum(-1, keepdim=True).clamp_min(torch.finfo(p_BNV.dtype).tiny)
+    def _filter(self, own_BN: Tensor, law_BNV: Tensor, at_BN: Tensor) -> Tensor:
+        """What the filter makes of some tokens' probabilities, each under the law of a node."""
+        floor_BN, filtered = self.min_p * law_BNV.amax(-1), math.exp(self.filter_value)
+        total_BN = torch.where(law_BNV < floor_BN[..., None], filtered, law_BNV).sum(-1)
+        kept_BN = torch.where(own_BN < floor_BN.gather(1, at_BN), filtered, own_BN)
+        return kept_BN / total_BN.gather(1, at_BN).clamp_min(torch.finfo(law_BNV.dtype).tiny)
 
 
 @dataclass(frozen=True)

@@ -107,7 +107,7 @@ def to_last(tree: Tree, coin_BN: Tensor) -> tuple[Tensor, Tensor]:
 
 def at_node(values_BNV: Tensor, node_B: Tensor) -> Tensor:
     """[B, V]: the values at one node of each row."""
-    return values_BNV.gather(1, node_B[:, None, None].expand(-1, 1, values_BNV.shape[2]))[:, 0]
+    return values_BNV[torch.arange(len(node_B), device=node_B.device), node_B]
 
 
 def normalize(mass_BV: Tensor, otherwise_BV: Tensor) -> Tensor:
