@@ -17,7 +17,7 @@ LAYERS = [
     "types", "config", "text", "tree", "sampling", "accept", "packed", "attention", "graph", "cache", "model", "heads", "draft",
     "compress", "engine", "backends", "build", "train", "bench", "evaluate", "audit", "server", "verbs", "cli",
 ]  # fmt: skip
-VERBS = ["generate", "bench"]
+VERBS = ["generate", "bench", "train", "audit"]
 SOURCES = sorted(set(PACKAGE.rglob("*.py")) - {PACKAGE / "__init__.py"})  # the package's own file stands above all layers
 
 

@@ -109,6 +109,21 @@ def bench(
     )
 
 
+@app.command(epilog="Example: forerun train eagle.yaml --out runs/eagle steps=2000. The same command resumes.")
+def train(
+    words: Annotated[
+        list[str] | None, typer.Argument(metavar="CONFIG [a.b=c ...]", help="YAML: kind is draft, medusa, mlp or eagle.")
+    ] = None,
+    out: Annotated[str, typer.Option(help="Folder of the run: checkpoints, log, what was trained.")] = "runs/train",
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train a draft or a head for a target, on text or on what the target itself writes."""
+    from forerun.verbs.train import run
+
+    finish(run(words or [], out, as_json=json, quiet=quiet))
+
+
 audits = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None,
     help="Is it lossless? A verdict, the evidence, and exit status 0 (lossless), 1 (not) or 3 (could not be decided).",

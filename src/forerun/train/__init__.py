@@ -1,0 +1,1 @@
+"""Training of draft models and heads by distillation from the target."""
