@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from forerun.heads import store
 from forerun.train import loop
@@ -301,3 +301,16 @@ def test_what_does_not_fit_the_target_is_refused(target: Path, tokens: Path, tmp
     for kind, over, words in wrong:
         with pytest.raises(UserError, match=words):
             train(settings(kind, target, tokens, tmp_path, **over), tmp_path / f"run-{words[:9]}", Silent())
+
+
+def test_a_head_is_written_in_public_layouts_too(target: Path, tokens: Path, tmp_path: Path) -> None:
+    train(settings("eagle", target, tokens, tmp_path, steps=1, layouts=["eagle3", "speculators"]), tmp_path / "run", Silent())
+    own = store.load(tmp_path / "run" / "trained")[0].state_dict()
+    for layout in ("eagle3", "speculators"):
+        public = store.load(tmp_path / "run" / layout, target=AutoConfig.from_pretrained(target))[0].state_dict()
+        assert all(torch.equal(tensor, public[name]) for name, tensor in own.items())
+
+
+def test_a_layout_of_another_kind_is_refused_before_training(target: Path, tokens: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="layouts: medusa does not hold"):
+        train(settings("eagle", target, tokens, tmp_path, layouts=["medusa"]), tmp_path / "run", Silent())

@@ -62,7 +62,7 @@ class MedusaConfig(Policy):
     kind: Literal["medusa"] = "medusa"
     path: str = EMBEDDED
     k: int = Field(default=4, ge=0, le=64)  # heads used, at most those there are
-    nodes: int = Field(default=16, ge=1, le=256)  # of the tree, the pending token not counted
+    nodes: int = Field(default=10, ge=1, le=256)  # of the tree, the pending token not counted
     choices: Choices = ()  # empty: the most probable paths by the accuracies measured in training
 
 
@@ -76,8 +76,8 @@ class EagleConfig(Policy):
     kind: Literal["eagle"] = "eagle"
     path: str = EMBEDDED
     tree: Literal["dynamic", "static", "chain"] = "dynamic"
-    branches: int = Field(default=8, ge=1, le=64)  # dynamic: nodes expanded a pass, children of each
-    nodes: int = Field(default=24, ge=1, le=256)  # dynamic: kept in the end, the pending token not counted
+    branches: int = Field(default=4, ge=1, le=64)  # dynamic: nodes expanded a pass, children of each
+    nodes: int = Field(default=10, ge=1, le=256)  # dynamic: kept in the end, the pending token not counted
     choices: Choices = ()  # static
     drawn: bool = False  # static: draw the children where the request samples, instead of taking the most probable
 

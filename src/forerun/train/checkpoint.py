@@ -16,7 +16,7 @@ from forerun.train.settings import Training
 from forerun.types import UserError
 
 STATE = "state.pt"
-FREE = {"steps", "save_minutes", "validate_every", "loggers", "write.rows"}
+FREE = {"steps", "save_minutes", "validate_every", "loggers", "layouts", "write.rows"}
 """Settings that a resumed run may change."""
 
 

@@ -96,7 +96,7 @@ def from_hub(config: DataConfig) -> Iterator[str]:
     try:
         import datasets
     except ImportError as error:
-        raise UserError("data.kind=hub needs the datasets library: pip install datasets") from error
+        raise UserError("data.kind=hub needs the datasets library: pip install 'forerun[data]'") from error
     try:
         records = datasets.load_dataset(config.path, config.subset, split=config.split, streaming=True)
     except Exception as error:  # not found, no network, a wrong split: no common base class

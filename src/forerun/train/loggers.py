@@ -67,7 +67,7 @@ def tensorboard(folder: Path) -> Teller:
     try:
         from torch.utils.tensorboard.writer import SummaryWriter
     except ImportError as error:
-        raise UserError("loggers=[tensorboard] needs TensorBoard: pip install tensorboard") from error
+        raise UserError("loggers=[tensorboard] needs TensorBoard: pip install 'forerun[loggers]'") from error
     writer = SummaryWriter(str(folder / "tensorboard"))
 
     def tell(step: int, figures: dict[str, float]) -> None:
@@ -81,6 +81,6 @@ def wandb(folder: Path, settings: dict[str, Any]) -> Teller:
     try:
         import wandb as library
     except ImportError as error:
-        raise UserError("loggers=[wandb] needs Weights & Biases: pip install wandb") from error
+        raise UserError("loggers=[wandb] needs Weights & Biases: pip install 'forerun[loggers]'") from error
     run = library.init(project="forerun", name=folder.name, dir=str(folder), config=settings, resume="allow", id=folder.name)
     return lambda step, figures: run.log(figures, step=step), run.finish

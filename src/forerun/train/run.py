@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from forerun.build import end_tokens
-from forerun.heads import store
+from forerun.heads import formats, store
 from forerun.model import Loaded
 from forerun.model import load as load_model
 from forerun.train import checkpoint
@@ -74,6 +74,7 @@ def _train(config: Training, folder: Path, teller: Teller, processes: Processes)
     loaded = load_model(config.model.model_copy(update=place))
     learned, held_out = sequences(config, loaded, folder, teller, processes)
     student = make(config, loaded.model, learned)
+    refuse_layouts(student, config)
     teaching, examining = [
         teacher(student, part, config, loaded.model, folder, teller, processes) for part in (learned, held_out)
     ]
@@ -145,12 +146,24 @@ def wanted(student: Student) -> tuple[int, ...]:
     return student.module.shape.features if isinstance(student, EagleStudent) else (-1,)
 
 
+def refuse_layouts(student: Student, config: Training) -> None:
+    """Before training rather than after it."""
+    fitting: tuple[str, ...] = ()
+    if isinstance(student, MedusaStudent | MLPStudent | EagleStudent):
+        fitting = formats.layouts(student.module)
+    if wrong := [layout for layout in config.layouts if layout not in fitting]:
+        raise UserError(f"layouts: {wrong[0]} does not hold what is trained here; it could be {', '.join(fitting) or 'none'}")
+
+
 def export(student: Student, loaded: Loaded, folder: Path, config: Training, validation: dict[str, Any]) -> None:
     """What was learned, in bfloat16: a head as forerun.heads.store has it, a draft as transformers has it."""
     facts = {"steps": config.steps, "validation": {k: v for k, v in validation.items() if k != "ranks"}}
     if isinstance(student, MedusaStudent | MLPStudent | EagleStudent):
         accuracies = [[round(rate, 4) for rate in rates] for rates in validation["ranks"]]
-        store.save(store.cast(student.module, torch.bfloat16), folder, {"accuracies": accuracies, "training": facts})
+        head = store.cast(student.module, torch.bfloat16)
+        store.save(head, folder, {"accuracies": accuracies, "training": facts})
+        for layout in config.layouts:
+            formats.write(head, folder.with_name(layout), layout, config.model.path)
         return
     assert isinstance(student, DraftStudent)
     half_done = folder.with_name(folder.name + ".part")

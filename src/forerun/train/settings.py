@@ -78,6 +78,7 @@ class Common(Part):
     save_minutes: float = Field(default=5.0, gt=0.0)
     validate_every: int = Field(default=200, ge=1)  # steps
     loggers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    layouts: tuple[Literal["medusa", "vllm-medusa", "mlp", "eagle", "eagle3", "speculators"], ...] = ()  # also written
 
 
 class MedusaTraining(Common):
