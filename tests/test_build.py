@@ -145,3 +145,58 @@ def test_another_vocabulary_is_refused_with_sizes_and_the_first_difference() -> 
     with pytest.raises(UserError, match=r"\(50 tokens\) is not the target's \(97 tokens\)"):
         refuse_other_vocabulary(target, Loaded(tiny("llama", vocab_size=50), None))
     refuse_other_vocabulary(target, Loaded(tiny("llama", seed=3), words("[?]", "sun", "moon")))
+
+
+@pytest.mark.parametrize(
+    ("drafter", "rule", "trees"),
+    [
+        ({"kind": "medusa"}, "match", True),
+        ({"kind": "eagle"}, "match", True),
+        ({"kind": "eagle", "tree": "chain"}, "block", False),
+        ({"kind": "eagle", "tree": "static", "choices": [[0], [1], [0, 0]], "drawn": True}, "multi-round", True),
+        ({"kind": "eagle", "policy": "adaptive"}, "match", True),
+    ],
+)
+def test_the_shipped_heads_draft_for_the_shipped_target(drafter: dict[str, object], rule: str, trees: bool) -> None:
+    """Greedy texts are plain decoding's in float32, and most first guesses are right."""
+    texts, requests = [], [Request("a", (5, 6, 7, 8) * 4, Sampling(max_new=24, ignore_eos=True))]
+    models = Models()
+    for kind in ({"kind": "none"}, drafter):
+        settings = {"model": {"dtype": "float32"}, "drafter": kind, "engine": {"capacity": 128, "debug": True}}
+        backend = build(parse(Variant, settings, "test"), models)
+        texts.append(complete(backend, requests)[0])
+    assert texts[0].tokens == texts[1].tokens
+    assert sum(round.accepted for round in texts[1].rounds) > 4
+    assert isinstance(backend, Engine)
+    assert backend.facts["rule"] == rule
+    assert backend.drafter.trees is trees
+
+
+def test_a_rule_for_chains_is_refused_for_a_tree_when_the_parts_are_put_together() -> None:
+    with pytest.raises(UserError, match=r"rule\.kind=block admits chains only"):
+        build(parse(Variant, {"drafter": {"kind": "eagle"}, "rule": {"kind": "block"}}, "test"), Models())
+
+
+def test_a_head_for_another_target_is_refused_by_its_sizes(folder: Path) -> None:
+    model = {"path": str(folder / "target")}
+    variant = parse(Variant, {"model": model, "drafter": {"kind": "medusa"}}, "test")
+    with pytest.raises(UserError, match="hidden size 384"):
+        build(variant, Models())
+
+
+@pytest.mark.parametrize(
+    ("drafter", "message"),
+    [
+        ({"kind": "eagle", "tree": "static"}, r"drafter\.choices"),
+        ({"kind": "eagle", "policy": "heuristic"}, r"take adaptive"),
+        ({"kind": "medusa", "choices": [[0, 0]]}, "lacks its parent"),
+    ],
+)
+def test_a_tree_that_cannot_be_is_one_line(drafter: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        build(parse(Variant, {"drafter": drafter}, "test"), Models())
+
+
+def test_the_reference_refuses_heads() -> None:
+    with pytest.raises(UserError, match="transformers has no drafter of kind eagle"):
+        build(parse(Variant, {"drafter": {"kind": "eagle"}, "backend": "reference"}, "test"), Models())

@@ -218,8 +218,8 @@ def variants(folder: Path) -> dict[str, Any]:
 def test_bench_compares_what_ships(tell: Tell, fakes: Fakes, tmp_path: Path) -> None:
     status, out, err = tell("bench", *SYNTHETIC, "--no-memory", "-k", "3", "--out", str(tmp_path / "run"), "-q")
     assert (status, err) == (0, "")
-    assert list(variants(tmp_path / "run")) == ["plain", "ngram", "model"]
-    assert [fake.width for fake in fakes.made] == [1, 4, 4]
+    assert list(variants(tmp_path / "run")) == ["plain", "ngram", "model", "medusa", "eagle"]
+    assert [fake.width for fake in fakes.made] == [1, 4, 4, 4, 4]
     for word in ("plain", "ngram", "model", "speed-up", "lossless", "100%", "report.html"):
         assert word in out
     assert max(len(line) for line in out.splitlines() if "report.html" not in line) <= 80
@@ -231,6 +231,8 @@ def test_bench_compares_what_ships(tell: Tell, fakes: Fakes, tmp_path: Path) -> 
         (["--method", "ngram"], ["plain", "ngram"]),
         (["--method", "draft"], ["plain", "draft"]),
         (["--method", "naive"], ["plain"]),
+        (["--method", "medusa"], ["plain", "medusa"]),
+        (["--method", "eagle"], ["plain", "eagle"]),
         (["--model", "x"], ["plain", "ngram"]),  # no draft is known to fit it
         (["model.path=x"], ["plain", "ngram"]),
         (["--model", "x", "--draft", "y"], ["plain", "ngram", "model"]),
