@@ -6,6 +6,7 @@ The order is transformers': bias, repetition, presence and frequency penalties, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -182,10 +183,9 @@ def exponentials(streams: Sequence[torch.Generator | None], width: int, device: 
     which have to be float64 (in float32 one draw in 2^24 is 0, and a token that wins by it would win too often).
     """
     on_cpu = device.type == "cpu"
-    e_BV = torch.ones(len(streams), width, device=device, dtype=torch.float64 if on_cpu else torch.float32)
+    one, dtype = (-math.expm1(-1), torch.float64) if on_cpu else (1.0, torch.float32)  # on a CPU what becomes 1
+    e_BV = torch.full((len(streams), width), one, device=device, dtype=dtype)
     for row, stream in zip(e_BV, streams, strict=True):
-        if stream is not None and on_cpu:
-            row.uniform_(0, 1, generator=stream).neg_().log1p_().neg_()
-        elif stream is not None:
-            row.exponential_(1, generator=stream)
-    return e_BV.float()
+        if stream is not None:
+            row.uniform_(0, 1, generator=stream) if on_cpu else row.exponential_(1, generator=stream)
+    return e_BV.neg_().log1p_().neg_().float() if on_cpu else e_BV
