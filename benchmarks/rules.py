@@ -17,11 +17,12 @@ from typing import Any
 
 from rich.console import Console
 
+from forerun import workload
 from forerun.accept import Rule, Standard, choose, describe
 from forerun.accept import evidence as grid
 from forerun.accept.block import Block
 from forerun.accept.choose import RULES
-from forerun.bench import measure, methods, report, workload
+from forerun.bench import measure, methods, report
 from forerun.config import Experiment, load
 
 HERE = Path(__file__).parent

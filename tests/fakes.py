@@ -46,6 +46,10 @@ class Fake:
         return Phases(verify=self.spent)
 
     @property
+    def scorer(self) -> None:
+        return None
+
+    @property
     def facts(self) -> dict[str, Any]:
         return {"lossless": True, "rule": "fake", "weight_bytes": 10, "device": "cpu"}
 

@@ -13,7 +13,8 @@ import pytest
 from rich.console import Console
 
 from fakes import Fake, Fakes, Letters
-from forerun.bench import hardware, measure, memory, workload
+from forerun import workload
+from forerun.bench import hardware, measure, memory
 from forerun.bench.metrics import Record
 from forerun.config import Experiment, WorkloadConfig, load
 from forerun.types import Request, Sampling, UserError

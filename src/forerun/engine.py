@@ -21,6 +21,7 @@ from forerun.draft import Batch, Drafter, Outcome, Row
 from forerun.model import Target
 from forerun.packed import weight_bytes
 from forerun.sampling import Counts, Randomness, best, build_warp, exponentials, law, path_counts, penalize, race, uniforms
+from forerun.scoring import ModelScorer
 from forerun.text import Detokenizer, cut
 from forerun.tree import Tree
 from forerun.types import Delta, Phases, Request, Round, UserError
@@ -86,6 +87,10 @@ class Engine:
     @property
     def phases(self) -> Phases:
         return self._phases
+
+    @property
+    def scorer(self) -> ModelScorer:
+        return ModelScorer(self.target.model)
 
     @property
     def facts(self) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -117,6 +117,21 @@ class Phases:
     prefill: float = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class Score:
+    """What a model says of a continuation: its log-probability in nats, and whether greedy decoding would have written it."""
+
+    logprob: float
+    greedy: bool
+
+
+class Scorer(Protocol):
+    """Log-likelihoods, for multiple choice and perplexity."""
+
+    def score(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Score]:
+        """One score for each (context, continuation) of token ids; neither may be empty."""
+
+
 class Backend(Protocol):
     """Anything that continues prompts; measurement, evaluation and serving see nothing else."""
 
@@ -138,6 +153,10 @@ class Backend(Protocol):
     @property
     def phases(self) -> Phases | None:
         """Seconds by part since the start; None where the backend does not tell."""
+
+    @property
+    def scorer(self) -> Scorer | None:
+        """The same weights as a scorer; None where the backend cannot score."""
 
     @property
     def facts(self) -> dict[str, Any]:

@@ -16,8 +16,9 @@ from rich.console import Console
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from forerun import workload
 from forerun.audit.verdict import Audit, Check
-from forerun.bench import measure, workload
+from forerun.bench import measure
 from forerun.build import Models, build
 from forerun.config import Experiment, LosslessRuleConfig, NoDraftConfig
 from forerun.engine import Engine

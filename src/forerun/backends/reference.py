@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from forerun.config import NGramConfig
+from forerun.scoring import ModelScorer
 from forerun.text import Detokenizer, cut
 from forerun.types import Delta, Finish, Phases, Request, Round, Sampling, UserError
 
@@ -77,6 +78,10 @@ class Reference:
     @property
     def phases(self) -> Phases | None:
         return None
+
+    @property
+    def scorer(self) -> ModelScorer:
+        return ModelScorer(self.model)
 
     @property
     def facts(self) -> dict[str, Any]:

@@ -20,11 +20,12 @@ from typing import TYPE_CHECKING, Any, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from forerun.bench import hardware, labels, memory, report, workload
+from forerun import workload
+from forerun.bench import hardware, labels, memory, report
 from forerun.bench.metrics import Record, RoundRecord, Run, summarize
-from forerun.bench.workload import Prompt
 from forerun.config import Experiment, NoDraftConfig, Variant, save
 from forerun.types import Backend, Delta, Phases, Request, Sampling, UserError
+from forerun.workload import Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -51,7 +51,7 @@ def resident_peak() -> int | None:
 
 
 def main() -> None:
-    from forerun.bench import workload
+    from forerun import workload
     from forerun.bench.measure import request, room_for_prompts, serve
     from forerun.bench.methods import maker
 

@@ -1,9 +1,20 @@
 """One experiment as data: tagged unions, YAML, overrides `a.b=c`, variants and axes. No torch."""
 
-from forerun.config.experiment import Experiment, Variant, load, save
+from forerun.config.data import (
+    ChoiceConfig,
+    CodeConfig,
+    GSM8KConfig,
+    HarnessConfig,
+    PerplexityConfig,
+    QualityConfig,
+    WorkloadConfig,
+    find_data,
+    named,
+)
+from forerun.config.experiment import Experiment, LogConfig, Variant, load, save
 from forerun.config.parsing import flatten_keys, merge, nest, parse
+from forerun.config.part import EMBEDDED, Part
 from forerun.config.parts import (
-    EMBEDDED,
     METHODS,
     DrafterConfig,
     DraftModelConfig,
@@ -16,22 +27,29 @@ from forerun.config.parts import (
     ModelConfig,
     NGramConfig,
     NoDraftConfig,
-    Part,
     Policy,
     RuleConfig,
     SamplingConfig,
-    WorkloadConfig,
 )
+from forerun.config.recipes import BnbConfig, CalibrationConfig, GPTQConfig, PruneConfig, RecipeConfig, RoundConfig
 
 __all__ = [
     "EMBEDDED",
     "METHODS",
+    "BnbConfig",
+    "CalibrationConfig",
+    "ChoiceConfig",
+    "CodeConfig",
     "DraftModelConfig",
     "DrafterConfig",
     "EagleConfig",
     "EngineConfig",
     "Experiment",
+    "GPTQConfig",
+    "GSM8KConfig",
+    "HarnessConfig",
     "ImportedRuleConfig",
+    "LogConfig",
     "LosslessRuleConfig",
     "MLPConfig",
     "MedusaConfig",
@@ -39,14 +57,21 @@ __all__ = [
     "NGramConfig",
     "NoDraftConfig",
     "Part",
+    "PerplexityConfig",
     "Policy",
+    "PruneConfig",
+    "QualityConfig",
+    "RecipeConfig",
+    "RoundConfig",
     "RuleConfig",
     "SamplingConfig",
     "Variant",
     "WorkloadConfig",
+    "find_data",
     "flatten_keys",
     "load",
     "merge",
+    "named",
     "nest",
     "parse",
     "save",

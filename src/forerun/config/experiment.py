@@ -9,7 +9,9 @@ from typing import Any, Literal
 from omegaconf import OmegaConf
 from pydantic import Field, field_validator
 
+from forerun.config.data import QualityConfig, WorkloadConfig, find_data, named
 from forerun.config.parsing import flatten_keys, merge, nest, parse
+from forerun.config.part import Part
 from forerun.config.parts import (
     METHODS,
     DrafterConfig,
@@ -17,10 +19,8 @@ from forerun.config.parts import (
     LosslessRuleConfig,
     ModelConfig,
     NoDraftConfig,
-    Part,
     RuleConfig,
     SamplingConfig,
-    WorkloadConfig,
 )
 from forerun.types import UserError
 
@@ -44,10 +44,23 @@ class Variant(Part):
         return drafter
 
 
+class LogConfig(Part):
+    """Weights & Biases: where a run is logged to; without a network set WANDB_MODE=offline."""
+
+    project: str = "forerun"
+    entity: str | None = None
+    name: str | None = None  # None: the name of the run's folder
+
+
 class Experiment(Variant):
     """A base variant, what runs on it, and what varies."""
 
     workload: WorkloadConfig = WorkloadConfig()
+    quality: tuple[QualityConfig, ...] = ()  # measured on every variant
+    floor: str | None = None  # such as `race-high>=0.5`: the headline's fastest variant must keep it
+    data: str | None = None  # folder of data sets: a named one without a path is looked for here before the Hub is asked
+    fresh: bool = False  # each variant alone in a process of its own, one after another, instead of interleaved
+    wandb: LogConfig | None = None
     repeats: int = Field(default=3, ge=1)
     warmup: int = Field(default=1, ge=0)  # requests run and thrown away, each variant
     variants: dict[str, dict[str, Any]] = Field(default={})
@@ -62,6 +75,11 @@ class Experiment(Variant):
         if not isinstance(variants, dict):
             return variants
         return {str(name): nest(over or {}) if isinstance(over, dict | None) else over for name, over in variants.items()}
+
+    @field_validator("quality", mode="before")
+    @classmethod
+    def by_name(cls, quality: Any) -> Any:
+        return named(quality)
 
     @field_validator("axes", mode="before")
     @classmethod
@@ -95,6 +113,17 @@ class Experiment(Variant):
         if self.baseline is not None and self.baseline not in found:
             raise UserError(f"baseline: no variant is called {self.baseline!r}; there are {', '.join(found)}")
         return found
+
+    def located(self) -> Experiment:
+        """The same with the paths of the named data sets that the folder `data` holds."""
+        workload = self.workload
+        if workload.path is None:
+            workload = workload.model_copy(update={"path": find_data(workload.kind, self.data)})
+        quality = tuple(
+            one if one.path else one.model_copy(update={"path": find_data(getattr(one, "text", one.kind), self.data)})
+            for one in self.quality
+        )
+        return self.model_copy(update={"workload": workload, "quality": quality})
 
     def baseline_name(self) -> str:
         """The named baseline, else `plain`, else the first variant."""

@@ -7,7 +7,10 @@ from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from forerun.config.parts import METHODS, DrafterConfig, Part, RuleConfig
+from forerun.config.data import QualityConfig
+from forerun.config.part import Part
+from forerun.config.parts import METHODS, DrafterConfig, RuleConfig
+from forerun.config.recipes import RecipeConfig
 from forerun.types import UserError
 
 T = TypeVar("T", bound=Part)
@@ -20,8 +23,23 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     joined = dict(base)
     for key, value in over.items():
         old = joined.get(key)
-        joined[key] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+        if isinstance(old, list | tuple) and isinstance(value, dict) and all(str(index).isdigit() for index in value):
+            joined[key] = merge_list(list(old), value)
+        else:
+            joined[key] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
     return joined
+
+
+def merge_list(base: list[Any], over: dict[str, Any]) -> list[Any]:
+    """`recipes.0.bits=4` arrives as {"0": {"bits": 4}}: it changes an entry, or adds the next one."""
+    for index, value in sorted((int(index), value) for index, value in over.items()):
+        if index >= len(base):
+            base.append(value)
+        elif isinstance(base[index], dict) and isinstance(value, dict):
+            base[index] = merge(base[index], value)
+        else:
+            base[index] = value
+    return base
 
 
 def nest(flat: dict[str, Any]) -> dict[str, Any]:
@@ -55,20 +73,29 @@ def explain(kind: type[BaseModel], error: ValidationError) -> str:
     """The first mistake; the tag that pydantic puts in the place of a union (`drafter.none.k`) is said apart."""
     first = error.errors()[0]
     loc = [str(part) for part in first["loc"]]
-    tags = {tag for union in (DrafterConfig, RuleConfig) for k in flatten(union) for tag in kinds_of(k)}
-    place = [part for i, part in enumerate(loc) if not (i and loc[i - 1] in TAGGED and part in tags)]
+    tags = {tag for union in UNIONS for k in flatten(union) for tag in kinds_of(k)}
+    place = [part for i, part in enumerate(loc) if not (part in tags and i and in_union(loc[:i]))]
     if first["type"] == "extra_forbidden":
         near = difflib.get_close_matches(loc[-1], known_keys(kind, loc[:-1]), n=1, cutoff=0.0)
         right = ".".join([*place[:-1], *near])
-        of = next((f" where {part}.kind is {loc[i + 1]!r}" for i, part in enumerate(loc[:-2]) if part in TAGGED), "")
+        of = next(
+            (f" where {loc[i - 1]}.kind is {part!r}" for i, part in enumerate(loc[:-1]) if part in tags and in_union(loc[:i])),
+            "",
+        )
         return f"unknown key {'.'.join(place)!r}{of}; did you mean {right!r}?"
     if first["type"] == "union_tag_invalid":
         return f"{'.'.join(place)}.kind: {first['ctx']['tag']!r} is none of {first['ctx']['expected_tags']}"
     return f"{'.'.join(place)}: {first['msg']} (got {first['input']!r})"
 
 
-TAGGED = ("drafter", "rule")
-"""Parts that are tagged unions: pydantic puts the tag into the place of a mistake."""
+UNIONS = (DrafterConfig, RuleConfig, QualityConfig, RecipeConfig)
+TAGGED = ("drafter", "rule", "quality", "recipes")
+"""Parts that are tagged unions, or lists of them: pydantic puts the tag into the place of a mistake."""
+
+
+def in_union(place: list[str]) -> bool:
+    """Whether a place such as ["rule"] or ["quality", "0"] is that of a tagged union."""
+    return bool(place) and (place[-1] in TAGGED or (place[-1].isdigit() and len(place) > 1 and place[-2] in TAGGED))
 
 
 def kinds_of(part: type[BaseModel]) -> tuple[str, ...]:

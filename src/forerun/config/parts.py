@@ -1,20 +1,15 @@
-"""The parts of an experiment: models, drafters, rules, sampling, engine, workload. Tagged unions; strict keys. No torch."""
+"""The parts of a variant: models, drafters, rules, sampling, engine. Tagged unions; strict keys. No torch."""
 
 from __future__ import annotations
 
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from forerun.config.part import EMBEDDED, Part
+from forerun.config.recipes import RecipeConfig
 from forerun.types import Sampling
-
-EMBEDDED = "embedded"
-"""The path that names the model that ships with the package."""
-
-
-class Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class ModelConfig(Part):
@@ -24,7 +19,7 @@ class ModelConfig(Part):
     attention: str = "auto"  # auto | sdpa | eager | flash_attention_2 (prefill only)
     weights: Literal["pretrained", "random"] = "pretrained"
     pack: bool = True  # fuse and prepack the linear layers where that is faster
-    recipes: tuple[dict[str, Any], ...] = ()
+    recipes: tuple[RecipeConfig, ...] = ()  # applied in this order when the model is loaded
 
 
 class NoDraftConfig(Part):
@@ -51,7 +46,7 @@ class DraftModelConfig(Policy):
     weights: Literal["pretrained", "random"] = "pretrained"
     confidence: float = Field(default=0.0, ge=0.0, le=1.0)  # stop after a kept token less probable than this
     greedy: bool = False  # draft greedily even where the request samples
-    recipes: tuple[dict[str, Any], ...] = ()
+    recipes: tuple[RecipeConfig, ...] = ()
 
 
 Choices = tuple[tuple[int, ...], ...]
@@ -182,14 +177,3 @@ class EngineConfig(Part):
     compile: Literal["auto"] | bool = "auto"
     chunk: int = Field(default=512, ge=1)  # tokens a prefill pass
     debug: bool = False  # assert the invariants every step
-
-
-class WorkloadConfig(Part):
-    kind: Literal["demo", "synthetic", "text", "jsonl", "spec-bench"] = "demo"
-    path: str | None = None
-    field: str = "prompt"  # jsonl: where the prompt is
-    categories: tuple[str, ...] = ()  # empty: all
-    limit: int | None = Field(default=None, ge=1)
-    max_prompt_tokens: int | None = Field(default=None, ge=1)
-    prompts: int = Field(default=8, ge=1)  # synthetic
-    prompt_tokens: int = Field(default=64, ge=1)  # synthetic

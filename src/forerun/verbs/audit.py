@@ -43,8 +43,8 @@ def divergence(words: Sequence[str], *, as_json: bool, quiet: bool) -> int:
 def endpoint(url: str, against: str, prompts: str | None, options: dict[str, Any], *, as_json: bool, quiet: bool) -> int:
     """Two servers, the same prompts."""
     from forerun.audit.endpoint import endpoint as audit
-    from forerun.bench.workload import read
     from forerun.config import WorkloadConfig
+    from forerun.workload import read
 
     config = WorkloadConfig() if prompts is None else WorkloadConfig(kind="text", path=prompts)
     texts = [line.text for line in read(config)]

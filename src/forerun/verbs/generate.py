@@ -10,10 +10,10 @@ from typing import Any
 from forerun.bench import labels, methods
 from forerun.bench.measure import Maker, explain, out_of_memory, serve, to_record
 from forerun.bench.metrics import Record, acceptance
-from forerun.bench.workload import Prompt
 from forerun.config import Experiment, Variant, load, parse
 from forerun.types import Backend, Delta, Request, UserError
 from forerun.verbs.common import hush_libraries, known_method
+from forerun.workload import Prompt
 
 ROOM = 1024  # slots that a cache has at least, where the configuration does not say
 
