@@ -122,7 +122,7 @@ def test_the_baseline() -> None:
         (["drafter.kind=eagl"], "drafter.kind: 'eagl' is none of 'none', 'ngram', 'model'"),
         (["engine.rows=many"], "engine.rows: Input should be a valid integer"),
         (["sampling.top_p=0"], "sampling.top_p: Input should be greater than 0 (got 0)"),
-        (["workload.kind=spec"], "workload.kind: Input should be 'demo', 'synthetic', 'text', 'jsonl' or 'spec-bench'"),
+        (["workload.kind=spec"], "workload.kind: Input should be 'demo', 'synthetic', 'text', 'jsonl', 'hub', 'spec-bench'"),
         (["model=3"], "model: Input should be a valid dictionary"),
         (["drafter=ngram"], "drafter: Input should be a valid dictionary"),
         (["axes.drafter.k=3"], "axes.drafter.k: Input should be a valid list"),

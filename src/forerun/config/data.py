@@ -25,9 +25,8 @@ class WorkloadConfig(Part):
     field: str = "prompt"  # jsonl, hub: where the prompt is
     categories: tuple[str, ...] = ()  # empty: all
     limit: int | None = Field(default=None, ge=1)
-    max_prompt_tokens: int | None = Field(
-        default=None, ge=1
-    )  # prompts are clipped to it; wikitext2 takes none shorter (default 128)
+    # Prompts are clipped to it. wikitext2 takes entries of at least so many only (default 128).
+    max_prompt_tokens: int | None = Field(default=None, ge=1)
     chat: Literal["auto"] | bool = "auto"  # conversations through the tokenizer's chat template; auto: where it has one
     turns: Literal["first", "all"] = "first"  # of a conversation; all: each answer is part of the next prompt
     prompts: int = Field(default=8, ge=1)  # synthetic
@@ -70,7 +69,7 @@ class CodeConfig(Measure):
 
 
 class ChoiceConfig(Measure):
-    """Accuracy by log-likelihood: which continuation the model finds most probable. `choice` reads a JSONL file of one's own."""
+    """Accuracy by log-likelihood: which answer the model finds most probable. `choice` reads a JSONL file of one's own."""
 
     kind: Literal["race-high", "race-middle", "choice"]
     normalize: bool = False  # divide each log-likelihood by the bytes of its continuation (lm-eval's acc_norm)

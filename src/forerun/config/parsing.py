@@ -78,10 +78,8 @@ def explain(kind: type[BaseModel], error: ValidationError) -> str:
     if first["type"] == "extra_forbidden":
         near = difflib.get_close_matches(loc[-1], known_keys(kind, loc[:-1]), n=1, cutoff=0.0)
         right = ".".join([*place[:-1], *near])
-        of = next(
-            (f" where {loc[i - 1]}.kind is {part!r}" for i, part in enumerate(loc[:-1]) if part in tags and in_union(loc[:i])),
-            "",
-        )
+        tag = next((i for i, part in enumerate(loc[:-1]) if part in tags and in_union(loc[:i])), 0)
+        of = f" where {'.'.join(loc[:tag])}.kind is {loc[tag]!r}" if tag else ""
         return f"unknown key {'.'.join(place)!r}{of}; did you mean {right!r}?"
     if first["type"] == "union_tag_invalid":
         return f"{'.'.join(place)}.kind: {first['ctx']['tag']!r} is none of {first['ctx']['expected_tags']}"

@@ -134,7 +134,7 @@ class SyntheticConfig(Part):
 class ImportedRuleConfig(Part):
     kind: Literal["import"] = "import"
     path: str  # module:Name, looked up in the current folder too
-    options: dict[str, Any] = {}  # keyword arguments of Name
+    options: dict[str, Any] = Field(default={})  # keyword arguments of Name
 
 
 RuleConfig = Annotated[
@@ -159,7 +159,7 @@ class SamplingConfig(Part):
     repetition_penalty: float = Field(default=1.0, gt=0.0)
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    logit_bias: dict[int, float] = {}
+    logit_bias: dict[int, float] = Field(default={})
     max_new: int = Field(default=128, ge=1)
     stop: tuple[str, ...] = ()
     stop_ids: tuple[int, ...] = ()

@@ -12,7 +12,7 @@ Tell = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Quality:
-    """One figure. `items`: whether each question was passed, in an order that is the same for every variant, for paired tests."""
+    """One figure. `items`: whether each question was passed, in the same order for every variant, for paired tests."""
 
     name: str  # of the measure: perplexity, race-high, humaneval, lm-eval's task
     metric: str  # perplexity, bits_per_byte, acc, acc_norm, pass@1, exact_match
