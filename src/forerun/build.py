@@ -143,7 +143,8 @@ def build_drafter(variant: Variant, models: Models, capacity: int) -> Drafter:
         drafting = models.draft(config, variant.model)
         refuse_other_vocabulary(models.target(variant.model), drafting)
         draft = build_target(drafting, variant)
-        return DraftModel(draft, policy, settings.rows, capacity, config.confidence, config.greedy, settings.chunk)
+        vocabulary = int(models.target(variant.model).model.get_output_embeddings().out_features)
+        return DraftModel(draft, policy, settings.rows, capacity, config.confidence, config.greedy, settings.chunk, vocabulary)
     return build_head_drafter(config, policy, variant, models, capacity)
 
 
@@ -207,7 +208,7 @@ def build_reference(variant: Variant, models: Models) -> Backend:
     assistant = None
     if isinstance(drafter, DraftModelConfig):
         draft = models.draft(drafter, variant.model, "reference")
-        refuse_other_vocabulary(loaded, draft)
+        refuse_other_vocabulary(loaded, draft, padded=False)
         assistant = draft.model
     return Reference(
         loaded.model, loaded.tokenizer, assistant=assistant, k=getattr(drafter, "k", 0),
@@ -224,11 +225,15 @@ def end_tokens(model: PreTrainedModel) -> frozenset[int]:
     return frozenset() if ends is None else frozenset([ends] if isinstance(ends, int) else ends)
 
 
-def refuse_other_vocabulary(target: Loaded, draft: Loaded) -> None:
-    """Speculation needs one vocabulary; the error names both sizes and the first token that differs."""
+def refuse_other_vocabulary(target: Loaded, draft: Loaded, padded: bool = True) -> None:
+    """Speculation needs one vocabulary; the error names both sizes and the first token that differs.
+
+    `padded`: with equal tokenizers the embeddings may have different numbers of padding rows.
+    """
     sizes = [loaded.model.get_output_embeddings().out_features for loaded in (target, draft)]
     different = first_difference(target.tokenizer, draft.tokenizer)
-    if sizes[0] != sizes[1] or different:
+    padded = padded and target.tokenizer is not None and draft.tokenizer is not None
+    if different or (sizes[0] != sizes[1] and not padded):
         raise UserError(
             f"the draft's vocabulary ({sizes[1]} tokens) is not the target's ({sizes[0]} tokens)"
             + (f"; first difference: {different}" if different else "")

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from forerun.draft.drawing import Drawn, draw, drawn_chain
 from forerun.draft.policy import LengthPolicy
@@ -23,6 +24,7 @@ class DraftModel:
     After a fully accepted round these are two, after any other one, so no pass is spent on catching up.
     `confidence`: a row stops drafting after a token less probable than this. The token is kept (a stopping time of the
     draft), so the rule stays lossless. `greedy` drafts the draft's most probable token even where the request samples.
+    `vocabulary`: the target's number of token ids, where padding of the embeddings makes the draft's another one.
     """
 
     features: tuple[int, ...] = ()
@@ -37,14 +39,16 @@ class DraftModel:
         confidence: float = 0.0,
         greedy: bool = False,
         chunk: int = 512,
+        vocabulary: int | None = None,
     ) -> None:
+        self.vocabulary = target.vocabulary if vocabulary is None else vocabulary
         self.target, self.policy, self.confidence, self.greedy = target, policy, confidence, greedy
         self.depth, self.size = policy.limit, policy.limit + 1
         self.drawn = not greedy
         self.cache, self.chunk = target.new_cache(rows, capacity), chunk
 
     def admit(self, row: int, prompt: Sequence[int], hidden_TH: Tensor | None) -> None:
-        self.target.prefill(prompt, self.cache, row, self.chunk)
+        self.target.prefill([self._known(token) for token in prompt], self.cache, row, self.chunk)
         self.policy.admit(row)
 
     def propose(self, batch: Batch) -> Tree:
@@ -67,7 +71,7 @@ class DraftModel:
             if max(depths) <= i:
                 break
             node = Tree(drawn.token_B[:, None], chain_parents([0] * len(depths), 0, self.target.device), 0, None, True)
-            logits_BV = self.target.verify(node, self.cache).logits[:, -1]
+            logits_BV = self._fitted(self.target.verify(node, self.cache).logits[:, -1])
             self.cache.lengths = [length + 1 for length in self.cache.lengths]
         self.cache.lengths = [length - (len(tokens) - 2) for length in self.cache.lengths]
         return drawn_chain(tokens, depths, probs)
@@ -77,7 +81,10 @@ class DraftModel:
         # A round that broke off may have left drafted tokens counted: at least the pending one is fed.
         ends = [len(row.tokens) - 1 if row else 0 for row in batch.rows]
         self.cache.lengths = [min(pair) for pair in zip(self.cache.lengths, ends, strict=True)]
-        lacking = [row.tokens[length:] if row else [0] for row, length in zip(batch.rows, self.cache.lengths, strict=True)]
+        lacking = [
+            [self._known(token) for token in row.tokens[length:]] if row else [0]
+            for row, length in zip(batch.rows, self.cache.lengths, strict=True)
+        ]
         width = max(map(len, lacking))
         width = width if width <= 2 else 1 << (width - 1).bit_length()  # few shapes
         device = self.target.device
@@ -86,7 +93,18 @@ class DraftModel:
         logits_BWV = self.target.verify(tree, self.cache).logits
         self.cache.lengths = [length + len(part) for length, part in zip(self.cache.lengths, lacking, strict=True)]
         last_B = torch.tensor([len(part) - 1 for part in lacking], device=device)
-        return logits_BWV.gather(1, last_B[:, None, None].expand(-1, 1, logits_BWV.shape[2]))[:, 0]
+        return self._fitted(logits_BWV.gather(1, last_B[:, None, None].expand(-1, 1, logits_BWV.shape[2]))[:, 0])
+
+    def _known(self, token: int) -> int:
+        """An id that the draft has an embedding for: padding ids stand for no text, so any will do."""
+        return token if token < self.target.vocabulary else 0
+
+    def _fitted(self, logits_BV: Tensor) -> Tensor:
+        """As wide as the target's: ids that only the target has are never drafted, ids that only the draft has are cut off."""
+        missing = self.vocabulary - logits_BV.shape[1]
+        if missing == 0:
+            return logits_BV
+        return functional.pad(logits_BV, (0, missing), value=-torch.inf) if missing > 0 else logits_BV[:, : self.vocabulary]
 
     def observe(self, batch: Batch, outcome: Outcome) -> None:
         """Keep what was accepted and fed: the last drafted token was never fed."""
