@@ -12,6 +12,7 @@ from forerun.config.data import (
     named,
 )
 from forerun.config.experiment import Experiment, LogConfig, Variant, load, save
+from forerun.config.files import read
 from forerun.config.parsing import flatten_keys, merge, nest, parse
 from forerun.config.part import EMBEDDED, Part
 from forerun.config.parts import (
@@ -74,5 +75,6 @@ __all__ = [
     "named",
     "nest",
     "parse",
+    "read",
     "save",
 ]

@@ -9,7 +9,8 @@ from typing import Any, Literal
 from omegaconf import OmegaConf
 from pydantic import Field, field_validator
 
-from forerun.config.data import QualityConfig, WorkloadConfig, find_data, named
+from forerun.config.data import PerplexityConfig, QualityConfig, WorkloadConfig, find_data, named
+from forerun.config.files import read
 from forerun.config.parsing import flatten_keys, merge, nest, parse
 from forerun.config.part import Part
 from forerun.config.parts import (
@@ -125,6 +126,24 @@ class Experiment(Variant):
         )
         return self.model_copy(update={"workload": workload, "quality": quality})
 
+    def without_data(self) -> tuple[Experiment, list[str]]:
+        """The same where no data set may be fetched, and what that changed: shipped prompts stand in for what has no path."""
+        located, remarks, quality = self.located(), [], []
+        workload = located.workload
+        if workload.path is None and workload.kind not in ("demo", "synthetic"):
+            remarks.append(f"workload: the shipped prompts instead of {workload.kind}")
+            kept = {"limit", "max_prompt_tokens", "concurrency", "rate"}
+            workload = WorkloadConfig(**workload.model_dump(include=kept))
+        for one in located.quality:
+            if one.path is not None:
+                quality.append(one)
+            elif isinstance(one, PerplexityConfig):
+                remarks.append(f"perplexity: of the shipped prompts instead of {one.text}")
+                quality.append(one.model_copy(update={"text": "demo"}))
+            else:
+                remarks.append(f"{one.kind}: left out, its data set is not here")
+        return located.model_copy(update={"workload": workload, "quality": tuple(quality)}), remarks
+
     def baseline_name(self) -> str:
         """The named baseline, else `plain`, else the first variant."""
         names = list(self.expand())
@@ -136,33 +155,12 @@ def kind_of_drafter(base: dict[str, Any], overrides: dict[str, Any]) -> str:
     return METHODS.get(kind, kind)
 
 
-def load(path: str | None, overrides: list[str], flags: dict[str, Any] | None = None) -> Experiment:
+def load(path: str | None, overrides: list[str], flags: dict[str, Any] | None = None, small: bool = False) -> Experiment:
     """The experiment of a YAML file (or the defaults), with flags {"a.b": c} and then overrides `a.b=c` on top.
 
-    Errors name the nearest right key.
+    `small` asks for the file's own small size. Errors name the nearest right key.
     """
-    data: dict[str, Any] = {}
-    if path is not None:
-        if not Path(path).is_file():
-            raise UserError(f"{path}: no such config file; give the path of a YAML file")
-        try:
-            loaded = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-        except Exception as error:  # YAML's own errors share no base class with OmegaConf's
-            raise UserError(f"{path}: not readable as YAML: {str(error).splitlines()[0]}") from error
-        if not isinstance(loaded, dict):
-            raise UserError(f"{path}: expected a mapping at the top, found {type(loaded).__name__}")
-        data = {str(key): value for key, value in loaded.items()}
-    for override in overrides:
-        if "=" not in override:
-            raise UserError(f"{override!r}: an override has the form a.b=c")
-    try:
-        changes = OmegaConf.to_container(OmegaConf.from_dotlist(overrides))
-    except Exception as error:  # as above
-        raise UserError(f"overrides: {str(error).splitlines()[0]}") from error
-    assert isinstance(changes, dict)
-    defaults = {"drafter": {"kind": "none"}}
-    with_flags = merge(merge(defaults, data), nest(flags or {}))
-    return parse(Experiment, merge(with_flags, {str(k): v for k, v in changes.items()}), path or "command line")
+    return parse(Experiment, merge({"drafter": {"kind": "none"}}, read(path, overrides, flags, small)), path or "command line")
 
 
 def save(experiment: Experiment, path: Path) -> None:

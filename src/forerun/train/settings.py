@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
-from omegaconf import OmegaConf
 from pydantic import Field, model_validator
 
-from forerun.config import ModelConfig, Part, merge, parse
+from forerun.config import ModelConfig, Part, parse, read
 from forerun.types import UserError
 
 
@@ -124,16 +122,7 @@ KINDS: dict[str, type[Training]] = {
 
 def load(path: str, overrides: list[str]) -> Training:
     """The run of a YAML file with overrides `a.b=c` on top; mistakes are one line."""
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such config file; give the path of a YAML file")
-    try:
-        loaded: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-        changes: Any = OmegaConf.to_container(OmegaConf.from_dotlist(overrides))
-    except Exception as error:  # YAML's own errors share no base class with OmegaConf's
-        raise UserError(f"{path} or its overrides: not readable: {str(error).splitlines()[0]}") from error
-    if not isinstance(loaded, dict):
-        raise UserError(f"{path}: expected a mapping at the top, found {type(loaded).__name__}")
-    data = merge({str(k): v for k, v in loaded.items()}, changes)
+    data = read(path, overrides)
     kind = data.get("kind")
     if kind not in KINDS:
         raise UserError(f"{path}: kind: {kind!r}; say which of {', '.join(KINDS)} is trained")
