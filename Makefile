@@ -1,6 +1,6 @@
-# make demo: install and benchmark the embedded pair.  make test: the tests.  make check: lint, format, types.
+# make demo: install and benchmark the embedded pair.  make tables: the tables of configs/tables.  make test: the tests.  make check: lint, format, types.
 .DELETE_ON_ERROR:
-.PHONY: demo test check format embedded install clean help
+.PHONY: demo tables test check format embedded install clean help
 
 # The first interpreter on the path that is 3.11 or newer; PYTHON=... overrides.
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
@@ -8,6 +8,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DEV := $(VENV)/.installed-dev
 OUT ?= runs/demo
 
 export TOKENIZERS_PARALLELISM := false
@@ -16,29 +17,43 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 help:
 	@sed -n 1p $(firstword $(MAKEFILE_LIST))
 
-# The stamp stands for a finished installation: it is remade when the requirements or the versions change.
+# A stamp stands for a finished installation: it is remade when the requirements or the versions change.
 # torch is pinned; where the index's build of that version brings CUDA along, PIP_EXTRA_INDEX_URL can name an index of CPU builds.
 $(STAMP): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "forerun needs Python 3.11 or newer: install one, or name it: make PYTHON=/path/to/python3.11"; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	@touch $@
+
+# What the tests need beside that: the linters and the optional libraries that are tested.
+$(DEV): $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-install: $(STAMP)
+install: $(DEV)
 
 demo: $(STAMP)
 	$(BIN)/forerun bench --out $(OUT) --overwrite
 
+# Every table of configs/tables at a size for any machine: `make tables`, or one of them: `make table-s2`. DATA=FOLDER holds data
+# sets (else shipped prompts stand in); SMALL= asks for the real models at full size.
+SMALL ?= --small
+TABLES := $(basename $(notdir $(wildcard configs/tables/*.yaml)))
+tables: $(addprefix table-,$(TABLES))
+
+table-%: configs/tables/%.yaml $(DEV)
+	$(BIN)/forerun bench $< $(SMALL) $(if $(DATA),--data $(DATA)) --out runs/tables/$* --overwrite
+
 # Idle worker threads that spin take the core another process needs; here they sleep instead.
-test: $(STAMP)
+test: $(DEV)
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest $(ARGS)
 
-check: $(STAMP)
+check: $(DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: $(STAMP)
+format: $(DEV)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 

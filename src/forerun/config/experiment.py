@@ -110,7 +110,9 @@ class Experiment(Variant):
                     point = {key: value for key, value in point.items() if not key.startswith("drafter.")}
                 label = ",".join(f"{key}={value}" for key, value in point.items())
                 full = label if not self.variants and label else name + ("," + label if label else "")
-                found[full] = parse(Variant, merge(merge(base, overrides), nest(point)), f"variant {full!r}")
+                found[full] = with_calibration(
+                    parse(Variant, merge(merge(base, overrides), nest(point)), f"variant {full!r}"), self.data
+                )
         if self.baseline is not None and self.baseline not in found:
             raise UserError(f"baseline: no variant is called {self.baseline!r}; there are {', '.join(found)}")
         return found
@@ -148,6 +150,17 @@ class Experiment(Variant):
         """The named baseline, else `plain`, else the first variant."""
         names = list(self.expand())
         return self.baseline or ("plain" if "plain" in names else names[0])
+
+
+def with_calibration(variant: Variant, data: str | None) -> Variant:
+    """The same with the paths of the calibration texts that the folder `data` holds."""
+    found = {}
+    for name in ("model", "drafter"):
+        part = getattr(variant, name)
+        recipes = tuple(one.located(data) for one in getattr(part, "recipes", ()))
+        if recipes:
+            found[name] = part.model_copy(update={"recipes": recipes})
+    return variant.model_copy(update=found)
 
 
 def kind_of_drafter(base: dict[str, Any], overrides: dict[str, Any]) -> str:

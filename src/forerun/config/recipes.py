@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import Field
 
-from forerun.config.data import WorkloadConfig
+from forerun.config.data import WorkloadConfig, find_data
 from forerun.config.part import Part
 
 
@@ -19,7 +19,20 @@ class CalibrationConfig(Part):
     seed: int = 0
 
 
-class BnbConfig(Part):
+class Recipe(Part):
+    """What all recipes can."""
+
+    def located(self, data: str | None) -> Self:
+        """The same with the path of the calibration texts, where they are a named data set that the folder `data` holds."""
+        calibration = getattr(self, "calibration", None)
+        workload = calibration.workload if isinstance(calibration, CalibrationConfig) else None
+        if calibration is None or workload is None or workload.path is not None:
+            return self
+        found = workload.model_copy(update={"path": find_data(workload.kind, data)})
+        return self.model_copy(update={"calibration": calibration.model_copy(update={"workload": found})})
+
+
+class BnbConfig(Recipe):
     """bitsandbytes: LLM.int8 (8 bit), NF4 or FP4 (4 bit)."""
 
     kind: Literal["bnb"] = "bnb"
@@ -30,7 +43,7 @@ class BnbConfig(Part):
     threshold: float = Field(default=6.0, ge=0.0)  # LLM.int8: larger activations stay in 16 bit
 
 
-class RoundConfig(Part):
+class RoundConfig(Recipe):
     """Round to nearest, without calibration; what GPTQ is measured against."""
 
     kind: Literal["rtn"] = "rtn"
@@ -39,7 +52,7 @@ class RoundConfig(Part):
     symmetric: bool = True
 
 
-class GPTQConfig(Part):
+class GPTQConfig(Recipe):
     """GPTQ (Frantar et al. 2022): rounds column by column and lets later columns make up for the error."""
 
     kind: Literal["gptq"] = "gptq"
@@ -51,7 +64,7 @@ class GPTQConfig(Part):
     calibration: CalibrationConfig = CalibrationConfig()
 
 
-class PruneConfig(Part):
+class PruneConfig(Recipe):
     """Structured pruning by L1 norm, without retraining.
 
     `input`: inputs of each linear layer; `output`: outputs of each linear layer, zeros in their place; `mlp`: channels of
