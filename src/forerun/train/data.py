@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from forerun.train.settings import DataConfig
 from forerun.types import UserError
+from forerun.workload import hub
 
 Tokens = NDArray[np.int32]
 Numbers = NDArray[np.int64]
@@ -93,15 +94,7 @@ def from_jsonl(config: DataConfig) -> Iterator[str]:
 
 
 def from_hub(config: DataConfig) -> Iterator[str]:
-    try:
-        import datasets
-    except ImportError as error:
-        raise UserError("data.kind=hub needs the datasets library: pip install 'forerun[data]'") from error
-    try:
-        records = datasets.load_dataset(config.path, config.subset, split=config.split, streaming=True)
-    except Exception as error:  # not found, no network, a wrong split: no common base class
-        raise UserError(f"data set {config.path!r} cannot be read: {str(error).splitlines()[0]}") from error
-    for number, record in enumerate(records):
+    for number, record in enumerate(hub.fetch(config.path, config.subset, config.split)):
         yield text_of(record, config.field, f"{config.path} record {number}")
 
 

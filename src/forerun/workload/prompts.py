@@ -1,22 +1,27 @@
-"""The prompts of a run: shipped, synthetic, or from a file; every mistake in them names the id and the line."""
+"""The prompts of a run: shipped, made, of a file or a data set; and the next turn of a conversation."""
 
 from __future__ import annotations
 
-import gzip
-import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING
 
 from forerun.config import WorkloadConfig
 from forerun.types import UserError
+from forerun.workload.records import Line, read
+from forerun.workload.sets import SETS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-DEMO = Path(__file__).parents[1] / "assets" / "prompts.jsonl"
+STRETCH = 16
+"""Longest stretch of a synthetic prompt that is repeated or new at a time, in tokens."""
+S1_TOKENS = 128
+"""Length of wikitext2's prompts where nothing else is said."""
+
+Message = tuple[str, str]
+"""Role and what it says."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,42 +31,117 @@ class Prompt:
     id: str
     category: str
     tokens: tuple[int, ...]
-    text: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class Line:
-    """One prompt as its file has it; `place` is for messages."""
-
-    id: str
-    category: str
-    text: str
-    place: str
+    text: str | None  # as it was tokenized, before it was clipped
+    turns: tuple[str, ...] = ()  # what the user says next, turn by turn
+    messages: tuple[Message, ...] = ()  # what was said so far, where there are such turns
 
 
 def load(config: WorkloadConfig, tokenizer: PreTrainedTokenizerBase | None, vocabulary: int, room: int) -> list[Prompt]:
     """The prompts that a workload asks for, at most `limit` of them.
 
-    `room` is the longest prompt, in tokens, that leaves space for the output. Raises UserError for a missing file, a line
-    without the field, an empty prompt, one longer than `room`, and where nothing is left.
+    `room` is the longest prompt, in tokens, that leaves space for the output. Raises UserError for what cannot be read (see
+    `rows`), an empty prompt, one longer than `room`, and where nothing is left.
     """
     if config.kind == "synthetic":
         return [fitting(prompt, room, "synthetic") for prompt in synthetic(config, vocabulary)]
     if tokenizer is None:
         raise UserError(f"workload.kind={config.kind}: the model has no tokenizer; use workload.kind=synthetic")
-    lines = [line for line in read(config) if not config.categories or line.category in config.categories]
-    if not lines:
+    if config.limit is None and config.path is None and SETS[config.kind].streamed and config.kind != "hub":
+        raise UserError(f"workload.kind={config.kind} has no end worth waiting for; give workload.limit")
+    prompts: dict[str, Prompt] = {}
+    for line in read(config):
+        if config.categories and line.category not in config.categories:
+            continue
+        if (prompt := entry(line, config, tokenizer) if config.kind == "wikitext2" else begun(line, config, tokenizer)) is None:
+            continue
+        if prompt.id in prompts:
+            raise UserError(f"{line.place}: the id {prompt.id!r} is there twice")
+        prompts[prompt.id] = fitting(prompt, room, line.place)
+        if len(prompts) == config.limit:
+            break
+    if not prompts:
         wanted = f" in the categories {', '.join(config.categories)}" if config.categories else ""
-        raise UserError(f"workload: no prompt{wanted} in {source(config)}")
-    if (twice := duplicate([line.id for line in lines])) is not None:
-        raise UserError(f"workload: the id {twice!r} is there twice in {source(config)}")
-    prompts = []
-    for line in lines[: config.limit]:
-        tokens = tuple(tokenizer(line.text, verbose=False)["input_ids"])[: config.max_prompt_tokens]
-        if not line.text.strip() or not tokens:
-            raise UserError(f"{line.place}: prompt {line.id!r} is empty")
-        prompts.append(fitting(Prompt(line.id, line.category, tokens, line.text), room, line.place))
-    return prompts
+        long = f" of {config.max_prompt_tokens or S1_TOKENS} tokens or more" if config.kind == "wikitext2" else ""
+        raise UserError(f"workload: no prompt{long}{wanted} in {config.path or config.kind}")
+    return list(prompts.values())
+
+
+def entry(line: Line, config: WorkloadConfig, tokenizer: PreTrainedTokenizerBase) -> Prompt | None:
+    """WikiText-2: an entry's newlines as spaces, clipped to n tokens; None where it has fewer. No chat template."""
+    length = config.max_prompt_tokens or S1_TOKENS
+    text = line.text.replace("\n", " ")
+    tokens = tuple(tokenizer(text, verbose=False)["input_ids"])
+    return Prompt(line.id, line.category, tokens[:length], text) if len(tokens) >= length else None
+
+
+def begun(line: Line, config: WorkloadConfig, tokenizer: PreTrainedTokenizerBase) -> Prompt:
+    """A line's first turn."""
+    if not line.text.strip():
+        raise UserError(f"{line.place}: prompt {line.id!r} is empty")
+    messages = (*([("system", line.system)] if line.system else []), ("user", line.text))
+    text, tokens = written(messages, config, tokenizer, line.chat)
+    if not tokens:
+        raise UserError(f"{line.place}: prompt {line.id!r} is empty")
+    more = line.turns[1:] if config.turns == "all" else ()
+    return Prompt(line.id, line.category, tokens, text, more, messages if more else ())
+
+
+def follow(prompt: Prompt, answer: str, config: WorkloadConfig, tokenizer: PreTrainedTokenizerBase | None) -> Prompt | None:
+    """The next turn's prompt: all that was said, the answer and what the user says next; None where no turn is left.
+
+    It is clipped to `max_prompt_tokens`, not to the engine's capacity: compare `len(tokens)` before it is submitted.
+    """
+    if not prompt.turns or tokenizer is None:
+        return None
+    messages = (*prompt.messages, ("assistant", answer), ("user", prompt.turns[0]))
+    turn = sum(role == "user" for role, _ in messages)
+    id = f"{prompt.id.removesuffix(f'/{turn - 1}') if turn > 2 else prompt.id}/{turn}"
+    text, tokens = written(messages, config, tokenizer, chat=True)
+    return Prompt(id, prompt.category, tokens, text, prompt.turns[1:], messages)
+
+
+def written(
+    messages: tuple[Message, ...], config: WorkloadConfig, tokenizer: PreTrainedTokenizerBase, chat: bool
+) -> tuple[str, tuple[int, ...]]:
+    """A conversation as text and tokens, at most `max_prompt_tokens` of them.
+
+    Of one that is too long, the oldest turns go first, then the end of the last message: a template stays whole.
+    """
+    limit, template = config.max_prompt_tokens, templated(config, tokenizer, chat)
+    while True:
+        text = said(messages, tokenizer) if template else "\n".join(words for _, words in messages)
+        special = {"add_special_tokens": False} if template else {}  # a template writes its own
+        tokens = tuple(tokenizer(text, verbose=False, **special)["input_ids"])
+        if limit is None or len(tokens) <= limit:
+            return text, tokens
+        spoken = [at for at, (role, _) in enumerate(messages) if role == "user"]
+        if len(spoken) > 1:
+            messages = messages[: spoken[0]] + messages[spoken[1] :]
+        elif not template:
+            return text, tokens[:limit]
+        else:
+            words = messages[-1][1]
+            kept = min(len(words) - 1, int(len(words) * limit / len(tokens)))
+            if kept < 1:
+                raise UserError(f"workload.max_prompt_tokens={limit}: the chat template alone is longer; raise it")
+            messages = (*messages[:-1], ("user", words[:kept]))
+
+
+def templated(config: WorkloadConfig, tokenizer: PreTrainedTokenizerBase, chat: bool) -> bool:
+    has = getattr(tokenizer, "chat_template", None) is not None
+    if config.chat is True and not has:
+        raise UserError("workload.chat=true: the tokenizer has no chat template; set workload.chat=auto")
+    return config.chat is True or (config.chat == "auto" and chat and has)
+
+
+def said(messages: tuple[Message, ...], tokenizer: PreTrainedTokenizerBase) -> str:
+    """A conversation through the tokenizer's chat template, up to where the assistant speaks."""
+    given = [{"role": role, "content": words} for role, words in messages]
+    try:
+        return str(tokenizer.apply_chat_template(given, tokenize=False, add_generation_prompt=True))
+    except Exception as error:  # templates raise what they like, such as that they know no system's message
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"the tokenizer's chat template refuses a conversation: {reason}; set workload.chat=false") from error
 
 
 def fitting(prompt: Prompt, room: int, place: str) -> Prompt:
@@ -73,60 +153,29 @@ def fitting(prompt: Prompt, room: int, place: str) -> Prompt:
     )
 
 
-def duplicate(ids: list[str]) -> str | None:
-    seen: set[str] = set()
-    return next((id for id in ids if id in seen or seen.add(id)), None)  # type: ignore[func-returns-value]
-
-
 def synthetic(config: WorkloadConfig, vocabulary: int) -> Iterator[Prompt]:
     """Random ids, the same on every machine."""
     length = min(config.prompt_tokens, config.max_prompt_tokens or config.prompt_tokens)
     for i in range(min(config.prompts, config.limit or config.prompts)):
         draw = random.Random(i)
-        yield Prompt(f"synthetic-{i}", "synthetic", tuple(draw.randrange(vocabulary) for _ in range(length)), None)
+        new = [draw.randrange(vocabulary) for _ in range(max(1, length - round(config.repetition * length)))]
+        yield Prompt(f"synthetic-{i}", "synthetic", tuple(repeated(new, length, draw)), None)
 
 
-def source(config: WorkloadConfig) -> Path:
-    if config.kind == "demo":
-        return DEMO
-    if config.path is None:
-        raise UserError(f"workload.kind={config.kind} needs workload.path, the file with the prompts")
-    return Path(config.path)
+def repeated(new: list[int], length: int, draw: random.Random) -> list[int]:
+    """`length` tokens: the new ones in their order, and between them stretches that stand earlier in the same prompt."""
+    tokens, rest = new[:STRETCH], new[STRETCH:]
+    sizes = [(True, size) for size in stretches(length - len(new))] + [(False, size) for size in stretches(len(rest))]
+    draw.shuffle(sizes)
+    for again, size in sizes:
+        while again and size:
+            copied = min(size, len(tokens))
+            start = draw.randrange(len(tokens) - copied + 1)
+            tokens += tokens[start : start + copied]
+            size -= copied
+        tokens, rest = tokens + rest[:size], rest[size:]
+    return tokens
 
 
-def read(config: WorkloadConfig) -> Iterator[Line]:
-    """The lines of the file as prompts: `text` has one a line, `jsonl` an object a line, `spec-bench` and `demo` questions."""
-    path = source(config)
-    if not path.is_file():
-        raise UserError(f"workload.path={path}: no such file")
-    opener: Callable[..., TextIO] = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8") as lines:
-        try:
-            for number, raw in enumerate(lines, 1):
-                place = f"{path}, line {number}"
-                if config.kind == "text":
-                    if raw.strip():
-                        yield Line(f"line-{number}", "text", raw.strip(), place)
-                elif raw.strip():
-                    yield from_object(config, raw, number, place)
-        except (UnicodeDecodeError, gzip.BadGzipFile) as error:
-            raise UserError(f"workload.path={path}: not readable as UTF-8 text: {error}") from error
-
-
-def from_object(config: WorkloadConfig, raw: str, number: int, place: str) -> Line:
-    try:
-        item: Any = json.loads(raw)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{place}: not JSON: {error.msg} at column {error.colno}") from error
-    if not isinstance(item, dict):
-        raise UserError(f"{place}: expected an object, found {type(item).__name__}")
-    field = config.field if config.kind == "jsonl" else "turns"
-    if field not in item:
-        raise UserError(f"{place}: no field {field!r}; there are {', '.join(map(repr, item))}")
-    value = item[field]
-    if isinstance(value, list) and value:  # the turns of a conversation: the first one now
-        value = value[0]
-    id = str(item.get("question_id", item.get("id", number)))
-    if not isinstance(value, str):
-        raise UserError(f"{place}: field {field!r} of prompt {id!r} holds no text")
-    return Line(id, str(item.get("category", config.kind)), value, place)
+def stretches(count: int) -> list[int]:
+    return [min(STRETCH, count - at) for at in range(0, count, STRETCH)]
