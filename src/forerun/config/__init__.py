@@ -1,5 +1,6 @@
 """One experiment as data: tagged unions, YAML, overrides `a.b=c`, variants and axes. No torch."""
 
+from forerun.config.compression import Compression, load_compression
 from forerun.config.data import (
     ChoiceConfig,
     CodeConfig,
@@ -33,6 +34,7 @@ from forerun.config.parts import (
     SamplingConfig,
 )
 from forerun.config.recipes import BnbConfig, CalibrationConfig, GPTQConfig, PruneConfig, RecipeConfig, RoundConfig
+from forerun.config.serving import EndpointConfig, VllmConfig
 
 __all__ = [
     "EMBEDDED",
@@ -41,9 +43,11 @@ __all__ = [
     "CalibrationConfig",
     "ChoiceConfig",
     "CodeConfig",
+    "Compression",
     "DraftModelConfig",
     "DrafterConfig",
     "EagleConfig",
+    "EndpointConfig",
     "EngineConfig",
     "Experiment",
     "GPTQConfig",
@@ -67,10 +71,12 @@ __all__ = [
     "RuleConfig",
     "SamplingConfig",
     "Variant",
+    "VllmConfig",
     "WorkloadConfig",
     "find_data",
     "flatten_keys",
     "load",
+    "load_compression",
     "merge",
     "named",
     "nest",

@@ -23,6 +23,7 @@ from forerun.config.parts import (
     RuleConfig,
     SamplingConfig,
 )
+from forerun.config.serving import EndpointConfig, VllmConfig
 from forerun.types import UserError
 
 
@@ -34,7 +35,9 @@ class Variant(Part):
     rule: RuleConfig = LosslessRuleConfig()
     sampling: SamplingConfig = SamplingConfig()
     engine: EngineConfig = EngineConfig()
-    backend: Literal["forerun", "reference"] = "forerun"
+    backend: Literal["forerun", "reference", "vllm", "endpoint"] = "forerun"
+    vllm: VllmConfig = VllmConfig()
+    endpoint: EndpointConfig = EndpointConfig()
 
     @field_validator("drafter", mode="before")
     @classmethod
