@@ -1,0 +1,113 @@
+"""How a figure of summary.json is written for people; what was not measured, or an older run does not have, is `-`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+Figures = dict[str, Any]
+ABSENT = "-"
+
+
+def at(figures: Figures, path: str) -> Any:
+    """The figure under a dotted name; None where any part of the way is missing or null."""
+    found: Any = figures
+    for key in path.split("."):
+        if not isinstance(found, dict):
+            return None
+        found = found.get(key)
+    return found
+
+
+def number(value: float | None, digits: int, unit: str = "") -> str:
+    return ABSENT if value is None else f"{value:,.{digits}f}{unit}"
+
+
+def share(value: float | None) -> str:
+    return ABSENT if value is None else "100%" if value == 1 else f"{100 * value:.1f}%"
+
+
+def times(value: float | None) -> str:
+    return ABSENT if value is None else f"{value:.2f}x"
+
+
+def interval(figures: dict[str, float | None] | None) -> str:
+    """A ratio with its interval: 1.84x (1.71-1.97)."""
+    value, low, high = bounds(figures)
+    if value is None or low is None or high is None or low == high:  # one prompt, or the baseline itself
+        return times(value)
+    return f"{value:.2f}x ({low:.2f}-{high:.2f})"
+
+
+def bounds(figures: dict[str, Any] | None) -> tuple[float | None, float | None, float | None]:
+    """Value, low and high of anything with an interval."""
+    found = figures or {}
+    return found.get("value"), found.get("low"), found.get("high")
+
+
+def mark(figures: Figures) -> str:
+    """A rule's label in one word; of a lossy one with the total variation that its label begins with."""
+    lossless, meaningless = figures.get("lossless"), figures.get("meaningless")
+    if lossless is None:
+        return "unchecked"
+    if lossless or meaningless:
+        return "lossless" if lossless else "meaningless"
+    tv = at(figures, "rule_evidence.tv")
+    return "LOSSY" if tv is None else "LOSSY <.01" if tv < 0.005 else f"LOSSY {tv:.2f}".replace(" 0.", " .")
+
+
+def warning(figures: Figures) -> str:
+    """What a speed-up in a chart must not be seen without."""
+    if figures.get("meaningless"):
+        return "meaningless text"
+    if figures.get("lossless") is not False:
+        return ""
+    return f"LOSSY, {'quality -' if not figures.get('quality') else quality(figures).partition(';')[0]}"
+
+
+def measures(variants: dict[str, Figures]) -> list[str]:
+    """The measures of quality that any variant was put to, in their order."""
+    return list(dict.fromkeys(name for figures in variants.values() for name in figures.get("quality") or {}))
+
+
+def worth(measure: dict[str, Any] | None) -> str:
+    """One measure of quality with its interval: 0.620 (0.581-0.659), or why there is none."""
+    if measure is None:
+        return ABSENT
+    if measure.get("error"):
+        return "failed"
+    value, low, high = bounds(measure)
+    if value is None:
+        return ABSENT
+    digits = 3 if abs(value) <= 1 else 2
+    spread = f" ({low:.{digits}f}-{high:.{digits}f})" if low is not None and high is not None else ""
+    return f"{value:.{digits}f}{spread}"
+
+
+def probability(value: float | None) -> str:
+    return ABSENT if value is None else "<.001" if value < 0.001 else f"{value:.3f}".replace("0.", ".", 1)
+
+
+def quality(figures: Figures) -> str:
+    """What the text is worth, in a few words: each measure without its interval."""
+    found = figures.get("quality") or {}
+    return "; ".join(f"{name} {worth(one).partition(' ')[0]}" for name, one in found.items()) or ABSENT
+
+
+def mebibytes(value: float | None) -> str:
+    return ABSENT if value is None else f"{value / 2**20:,.0f} MiB"
+
+
+def compact(value: float) -> str:
+    """A tick's number: 1200000 is 1.2M."""
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if abs(value) >= size:
+            return f"{value / (1e3 if letter == 'k' else size):g}{letter}"
+    return f"{value:.6g}"
+
+
+def middle(text: str, length: int) -> str:
+    """A name cut in its middle, since names of a sweep differ at both ends."""
+    if len(text) <= length:
+        return text
+    tail = (length - 1) // 2
+    return text[: length - 1 - tail] + "…" + text[len(text) - tail :]
