@@ -18,7 +18,7 @@ from typing import Any
 
 from rich.console import Console
 
-from forerun.bench import measure, methods, report
+from forerun.bench import folder, measure, methods, report
 from forerun.bench.metrics import Record
 from forerun.config import load
 
@@ -41,7 +41,7 @@ def chosen(folder: Path) -> str:
 
 def table(summary: dict[str, Any], out: Path) -> str:
     """One batch size: a row for each drafter, plain decoding first."""
-    folders = measure.folders(list(summary["variants"]))
+    folders = folder.folders(list(summary["variants"]))
     plain = summary["variants"][summary["baseline"]]
     speed = f"{plain['tokens_per_second']['total']:.0f} tokens/s over {plain['requests']} prompts"
     lines = [f"{'; '.join(report.machine(out))}. Plain decoding: {speed}.", ""]

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from forerun.bench.measure import Maker
+from forerun.bench.lanes import Maker
 from forerun.config import NoDraftConfig, Variant
 from forerun.types import Delta, Phases, Request, Round, UserError
 

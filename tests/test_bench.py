@@ -14,7 +14,7 @@ from rich.console import Console
 
 from fakes import Fake, Fakes, Letters
 from forerun import workload
-from forerun.bench import hardware, measure, memory
+from forerun.bench import folder, lanes, measure, memory, serve
 from forerun.bench.metrics import Record
 from forerun.config import Experiment, WorkloadConfig, load
 from forerun.types import Request, Sampling, UserError
@@ -114,7 +114,7 @@ def test_serve_keeps_as_many_requests_in_flight_as_there_are_rows() -> None:
     fake = Fake(rows=3)
     lengths = [5, 2, 7, 1, 3]
     requests = [Request(str(i), (i,), Sampling(max_new=length)) for i, length in enumerate(lengths)]
-    served = measure.serve(fake, requests, 3)
+    served = serve.serve(fake, requests, 3)
     assert fake.most_in_flight == 3
     assert [sum(len(d.tokens) for _, d in served[str(i), 0]) for i in range(5)] == lengths
     for arrivals in served.values():
@@ -126,7 +126,7 @@ def test_serve_keeps_as_many_requests_in_flight_as_there_are_rows() -> None:
 def test_serve_cancels_what_it_leaves() -> None:
     fake = Fake(fail_at=3)
     with pytest.raises(RuntimeError, match="broke"):
-        measure.serve(fake, [Request("a", (1,), Sampling(max_new=9))], 1)
+        serve.serve(fake, [Request("a", (1,), Sampling(max_new=9))], 1)
     assert not fake.busy
 
 
@@ -134,13 +134,13 @@ def test_a_backend_that_forgets_a_request_is_no_endless_loop() -> None:
     fake = Fake()
     fake.on_step = fake.waiting.clear
     with pytest.raises(RuntimeError, match="stopped giving tokens"):
-        measure.serve(fake, [Request("a", (1,), Sampling(max_new=9))], 1)
+        serve.serve(fake, [Request("a", (1,), Sampling(max_new=9))], 1)
 
 
 def test_records_hold_what_came() -> None:
     fake = Fake(width=3)
-    arrivals = measure.serve(fake, [Request("a", (10,), Sampling(max_new=6))], 1)["a", 0]
-    record = measure.to_record(workload.Prompt("a", "c", (10,), "x"), 1, 0, arrivals)
+    arrivals = serve.serve(fake, [Request("a", (10,), Sampling(max_new=6))], 1)["a", 0]
+    record = serve.to_record(workload.Prompt("a", "c", (10,), "x"), 1, 0, arrivals)
     assert record.tokens == (11, 12, 13, 14, 15, 16)
     assert [count for _, count in record.arrivals] == [1, 3, 2]
     assert record.rounds == ((2, 2, 3, 3), (2, 2, 3, 2)), "the second is cut by the token limit"
@@ -155,7 +155,8 @@ def test_a_run_folder(tmp_path: Path) -> None:
     summary = bench(tmp_path / "run")
     out = tmp_path / "run"
     assert {path.name for path in out.iterdir()} == {
-        "config.yaml", "environment.json", "summary.json", "report.md", "report.html", "plain", "ngram"
+        "config.yaml", "environment.json", "summary.json", "summary.csv", "requests.csv", "report.md", "report.html",
+        "plain", "ngram",
     }  # fmt: skip
     assert json.loads((out / "summary.json").read_text()) == summary
     assert (summary["status"], summary["baseline"], list(summary["variants"])) == ("complete", "plain", ["plain", "ngram"])
@@ -190,7 +191,7 @@ def test_variants_take_turns_and_the_warm_up_is_not_counted(tmp_path: Path) -> N
         fake.submit = noted  # type: ignore[method-assign]
         return fake
 
-    maker = measure.Maker(spying, lambda _: 97, lambda _: None)
+    maker = lanes.Maker(spying, lambda _: 97, lambda _: None)
     measure.run(experiment(workload__prompts=3), maker, tmp_path, QUIET, measure_memory=False)
     assert order[:2] == [("none", "warm-up 0"), ("ngram", "warm-up 0")]
     assert order[2:8] == [
@@ -256,32 +257,32 @@ def test_out_of_memory_names_the_cache(tmp_path: Path) -> None:
     overrides = [f"model.path={tmp_path}", "model.dtype=bfloat16", "engine.rows=8", "engine.capacity=1000"]
     variant = load(None, overrides).expand()["base"]
     size = 8 * 1000 * 2 * 3 * 2 * 16 * 2  # rows, slots, keys and values, layers, heads, head size, bytes
-    text = measure.explain(MemoryError(), variant)
+    text = lanes.explain(MemoryError(), variant)
     assert f"engine.rows 8 x engine.capacity 1000 is {size:,} bytes of KV cache" in text
     allocator = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
-    assert measure.explain(allocator, variant) == text
-    assert not measure.out_of_memory(RuntimeError("shapes differ"))
+    assert lanes.explain(allocator, variant) == text
+    assert not lanes.out_of_memory(RuntimeError("shapes differ"))
 
 
 def test_requests_of_synthetic_prompts_ignore_the_end() -> None:
     prompt = workload.Prompt("a", "c", (1, 2), None)
     variant = experiment().expand()["plain"]
-    assert measure.request(prompt, variant, experiment(), "a").sampling.ignore_eos
-    assert not measure.request(prompt, variant, experiment(workload__kind="demo"), "a").sampling.ignore_eos
+    assert serve.request(prompt, variant, experiment(), "a").sampling.ignore_eos
+    assert not serve.request(prompt, variant, experiment(workload__kind="demo"), "a").sampling.ignore_eos
 
 
 def test_folder_names_are_safe_and_unlike() -> None:
-    found = measure.folders(["a/b", "a:b", "drafter.k=3,engine.rows=2", "..", "x" * 300])
+    found = folder.folders(["a/b", "a:b", "drafter.k=3,engine.rows=2", "..", "x" * 300])
     assert len(set(found.values())) == 5
     assert found["drafter.k=3,engine.rows=2"] == "drafter.k=3,engine.rows=2"
     assert all("/" not in name and name not in {"", ".", ".."} and len(name) < 120 for name in found.values())
 
 
 def test_the_page_is_whole_and_escaped(tmp_path: Path) -> None:
-    bench(tmp_path, **{"variants.<b>&.drafter.kind": "ngram"})
+    bench(tmp_path, **{"variants.<mark>&.drafter.kind": "ngram"})
     text = (tmp_path / "report.html").read_text()
-    assert "<b>" not in text
-    assert "&lt;b&gt;&amp;" in text
+    assert "<mark>" not in text
+    assert "&lt;mark&gt;&amp;" in text
     assert "prefers-color-scheme: dark" in text
     assert "http" not in text.replace("http-equiv", ""), "nothing is fetched from elsewhere"
     open_tags: list[str] = []
@@ -303,17 +304,10 @@ def test_the_page_is_whole_and_escaped(tmp_path: Path) -> None:
 
 
 def test_the_peak_is_this_process_own() -> None:
-    before = memory.peak(cuda=False)
+    before, device = memory.peaks("cpu")
     assert before is not None
+    assert device is None
     block = bytearray(random.Random(0).randbytes(1)) * (before + 2**27)  # more than ever was resident
-    after = memory.peak(cuda=False)
+    after, _ = memory.peaks("cpu")
     assert after is not None
     assert after >= len(block)
-
-
-def test_a_busy_process_is_seen() -> None:
-    meter = hardware.Meter("cpu")
-    sum(i * i for i in range(300_000))
-    busy = meter.percent()
-    assert busy is not None
-    assert 0 < busy <= 101

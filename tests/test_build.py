@@ -9,15 +9,16 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from forerun.bench.measure import serve
+from forerun.bench.serve import serve
 from forerun.build import Models, build, refuse_other_vocabulary
-from forerun.config import DraftModelConfig, Variant, load, parse
+from forerun.compress.run import compress
+from forerun.config import Compression, DraftModelConfig, Variant, load, parse
 from forerun.draft import NoDraft
 from forerun.engine import Engine
 from forerun.model import Loaded
-from forerun.types import Request, Sampling, UserError, complete
+from forerun.types import Completion, Request, Sampling, UserError, complete
 from forerun.verbs.bench import plan
-from models import prompts, tiny
+from models import near_copy, prompts, tiny
 
 
 @pytest.fixture
@@ -66,7 +67,6 @@ def test_packed_and_plain_say_the_same(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"recipes": ({"kind": "bnb"},)}, "no compression recipes"),
         ({"attention": "flash_attention_2"}, "needs flash-attn"),
         ({"attention": "fast"}, "give auto, sdpa, eager"),
         ({"device": "cuda:7"}, "cannot be loaded on 'cuda:7'"),
@@ -200,3 +200,117 @@ def test_a_tree_that_cannot_be_is_one_line(drafter: dict[str, object], message: 
 def test_the_reference_refuses_heads() -> None:
     with pytest.raises(UserError, match="transformers has no drafter of kind eagle"):
         build(parse(Variant, {"drafter": {"kind": "eagle"}, "backend": "reference"}, "test"), Models())
+
+
+RTN = {"kind": "rtn", "bits": 4, "group_size": 32}
+INPUT = {"kind": "prune", "what": "input", "fraction": 0.25}
+
+
+@pytest.fixture
+def llama(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A target and a draft that agrees often, on disk, and an empty cache of compressed models."""
+    monkeypatch.setenv("FORERUN_CACHE", str(tmp_path / "cache"))
+    target = tiny("llama", dtype=torch.float32, hidden_size=64, intermediate_size=128)
+    target.save_pretrained(tmp_path / "target")
+    near_copy(target).save_pretrained(tmp_path / "draft")
+    return tmp_path
+
+
+def texts(models: Models, folder: Path, **more: object) -> list[Completion]:
+    backend = build(variant(folder, **more), models)
+    return complete(backend, [Request(str(i), prompts()[i], Sampling(max_new=24)) for i in range(2)])
+
+
+def target_of(folder: Path, *recipes: dict[str, object], **more: object) -> dict[str, object]:
+    return {"path": str(folder / "target"), "dtype": "float32", "recipes": recipes, **more}
+
+
+@pytest.mark.parametrize(
+    "recipes", [[RTN], [INPUT], [RTN, INPUT | {"fraction": 0.5}], [INPUT | {"what": "mlp"}, RTN], [INPUT | {"what": "output"}]]
+)
+def test_speculation_with_compressed_models_is_their_plain_decoding(llama: Path, recipes: list[dict[str, object]]) -> None:
+    """Compressed target, draft, or both: greedy texts are the target's own, which are not those of the whole model."""
+    models = Models(lambda _: None)
+    draft = {"kind": "model", "path": str(llama / "draft"), "dtype": "float32", "k": 3}
+    whole = texts(models, llama, drafter={"kind": "none"})
+    small = {"model": target_of(llama, *recipes)}
+    plain = texts(models, llama, drafter={"kind": "none"}, **small)
+    assert [one.tokens for one in plain] != [one.tokens for one in whole]
+    compressed_draft = draft | {"recipes": recipes}
+    assert [c.tokens for c in texts(models, llama, drafter=draft, **small)] == [c.tokens for c in plain]
+    assert [c.tokens for c in texts(models, llama, drafter=compressed_draft)] == [c.tokens for c in whole]
+    both = texts(models, llama, drafter=compressed_draft, **small)
+    assert [c.tokens for c in both] == [c.tokens for c in plain]
+    assert sum(round.accepted for c in both for round in c.rounds) > 0
+
+
+def test_the_reference_runs_compressed_models(llama: Path) -> None:
+    """Unpacked, with transformers' own generate: the same texts."""
+    models = Models(lambda _: None)
+    for recipes in ([RTN], [INPUT]):
+        ours, theirs = (
+            texts(models, llama, drafter={"kind": "none"}, backend=backend, model=target_of(llama, *recipes))
+            for backend in ("forerun", "reference")
+        )
+        assert [c.tokens for c in ours] == [c.tokens for c in theirs]
+
+
+def test_what_was_compressed_once_is_not_compressed_again(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cache knows model, recipes and calibration by content; a change of the model's files makes another entry."""
+    said: list[str] = []
+    config = variant(llama, model=target_of(llama, RTN)).model
+    first = Models(said.append).target(config).model
+    assert "compressing" in said[-1]
+    entries = {path.name for path in (llama / "cache").iterdir() if path.is_dir()}
+    with monkeypatch.context() as broken:
+        broken.setattr("forerun.compress.cache.compress", None)
+        second = Models(said.append).target(config).model
+    assert "compressed before" in said[-1]
+    ids = torch.tensor([prompts()[0]], device=first.device)
+    assert torch.equal(first(input_ids=ids).logits, second(input_ids=ids).logits)
+    Models(said.append).target(variant(llama, model=target_of(llama, RTN | {"symmetric": False})).model)
+    assert "compressing" in said[-1]
+    tiny("llama", seed=5, dtype=torch.float32, hidden_size=64, intermediate_size=128).save_pretrained(llama / "target")
+    other = Models(said.append).target(config).model
+    assert "compressing" in said[-1]
+    assert not torch.equal(first(input_ids=ids).logits, other(input_ids=ids).logits)
+    assert len({path.name for path in (llama / "cache").iterdir() if path.is_dir()} - entries) == 2
+
+
+def test_one_quantized_model_serves_all_that_prune_it(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    models = Models(lambda _: None)
+    models.target(variant(llama, model=target_of(llama, RTN)).model)
+    monkeypatch.setattr("forerun.compress.run.round_to_nearest", None)
+    found = models.target(variant(llama, model=target_of(llama, RTN, INPUT | {"fraction": 0.5}, pack=False)).model)
+    monkeypatch.undo()
+    compress(
+        parse(Compression, {"model": target_of(llama), "recipes": [RTN, INPUT | {"fraction": 0.5}]}, "test"),
+        llama / "direct",
+        lambda *_: None,
+    )
+    direct = models.target(variant(llama, model={"path": str(llama / "direct"), "dtype": "float32", "pack": False}).model)
+    ids = torch.tensor([prompts()[0]], device=found.model.device)
+    assert torch.equal(found.model(input_ids=ids).logits, direct.model(input_ids=ids).logits)
+
+
+def test_a_cache_that_cannot_be_written_is_one_line(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (llama / "file").touch()
+    monkeypatch.setenv("FORERUN_CACHE", str(llama / "file" / "cache"))
+    with pytest.raises(UserError, match="set FORERUN_CACHE"):
+        Models(lambda _: None).target(variant(llama, model=target_of(llama, RTN)).model)
+
+
+@pytest.mark.parametrize("name", ["medusa", "eagle"])
+def test_heads_of_the_whole_target_draft_for_its_compressed_version(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORERUN_CACHE", str(tmp_path))
+    models = Models(lambda _: None)
+    model = {"dtype": "float32", "recipes": [{"kind": "rtn", "bits": 4}]}
+    found = []
+    for drafter in ({"kind": "none"}, {"kind": name}):
+        settings = {"model": model, "drafter": drafter, "engine": {"capacity": 128}}
+        backend = build(parse(Variant, settings, "test"), models)
+        found.append(complete(backend, [Request("a", (5, 6, 7, 8) * 4, Sampling(max_new=16, ignore_eos=True))])[0])
+    assert found[0].tokens == found[1].tokens
+    assert sum(round.accepted for round in found[1].rounds) > 4

@@ -1,6 +1,7 @@
 """The figures of summary.json: cases worked out by hand, and what must hold for any records."""
 
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -21,7 +22,8 @@ KEYS = {
     "drafted", "accepted", "acceptance_rate", "conditional_acceptance", "block_efficiency", "rollbacks", "rejected_tokens",
     "draft_wastage", "verification_wastage", "overhead", "efficiency_gain", "identity_residual", "seconds", "lossless",
     "rule", "label", "meaningless", "rule_evidence",
-    "exact_share", "peak_memory_bytes", "weight_bytes", "utilization_percent", "quality",
+    "exact_share", "peak_memory_bytes", "weight_bytes", "utilization_percent", "quality", "counts", "inter_token_ms",
+    "categories", "kv_bytes", "peak_device_bytes", "cpu_percent", "energy_joules", "energy_per_token", "hash", "interleaved",
 }  # fmt: skip
 
 
@@ -119,7 +121,7 @@ def test_clock_by_hand() -> None:
     assert found["tokens_per_second"] == {"total": 9 / 8, "decode": 7 / 5, "p50": 1.5}  # 4 / 2 and 3 / 3 tokens a second
     assert found["ttft_ms"]["p50"] == 1500
     assert found["ms_per_token"]["p50"] == 750  # 500 and 1000
-    assert found["latency_ms"] == {"mean": 4000, "p50": 4000, "p95": pytest.approx(4900)}
+    assert found["latency_ms"] == {"mean": 4000, "p50": 4000, "p95": pytest.approx(4900), "p99": pytest.approx(4980)}
 
 
 def test_percentiles_interpolate() -> None:
@@ -226,7 +228,7 @@ def test_a_failed_variant_is_null_beside_its_error() -> None:
     assert {name: found["variants"]["plain"][name] for name in facts} == facts
     bad = found["variants"]["bad"]
     assert bad.pop("error") == "broke"
-    assert bad.pop("requests") == 0
+    assert bad.pop("requests") == bad["counts"].pop("requests") == 0
     assert {leaf for leaf in leaves(bad) if leaf is not None} == set()
     assert set(bad) == KEYS
 
@@ -254,3 +256,84 @@ def test_records_survive_json() -> None:
 
     for one in (record(rounds=ROUNDS), record()):
         assert Record.from_json(json.loads(json.dumps(one.to_json()))) == one
+
+
+def test_the_gaps_between_tokens_by_hand() -> None:
+    """Tokens that came together share the gap of their delta: 3 tokens after 1.5 s are three gaps of half a second."""
+    one = replace(record(tokens=(1, 2, 3, 4, 5, 6)), arrivals=((1.0, 1), (2.5, 3), (3.5, 1), (5.5, 1)), total_s=5.5)
+    assert metrics.gaps_ms([one]) == [500, 500, 500, 1000, 2000]
+    assert sum(metrics.gaps_ms([one])) == pytest.approx(1e3 * one.decode_s)
+    found = metrics.clock(Run([one], 5.5))["inter_token_ms"]
+    assert found == {"p50": 500, "p95": pytest.approx(1800), "p99": pytest.approx(1960)}
+    assert metrics.gaps_ms([replace(one, tokens=(1,), arrivals=((1.0, 1),))]) == []
+
+
+def test_counts_are_the_parts_of_every_share() -> None:
+    plain = Run([record("b", rounds=plain_rounds(4))], 3.0)
+    found = metrics.variant(Run([record("a", rounds=ROUNDS), record("b", rounds=ROUNDS[:2])], 6.0), plain)
+    counts = found["counts"]
+    assert counts == {
+        "requests": 2, "tokens": 10, "decode_tokens": 8, "decode_seconds": 4.0, "rounds": 7, "drafted": 18, "accepted": 10,
+        "nodes": 25, "emitted": 16, "rollbacks": 4,
+    }  # fmt: skip
+    assert found["acceptance_rate"] == counts["accepted"] / counts["drafted"]
+    assert found["block_efficiency"] == counts["emitted"] / counts["rounds"]
+    assert found["verification_wastage"] == (counts["nodes"] - counts["emitted"]) / counts["nodes"]
+    assert found["tokens_per_second"]["decode"] == counts["decode_tokens"] / counts["decode_seconds"]
+    silent = metrics.variant(Run([record("a"), record("b", rounds=ROUNDS)], 6.0), plain)["counts"]
+    assert silent["decode_tokens"] == 8
+    assert silent["rounds"] is silent["drafted"] is silent["rollbacks"] is None
+
+
+def test_categories_by_hand() -> None:
+    plain = [record("a", total=5.0), replace(record("b", total=9.0), category="d")]
+    ours = [record("a", total=2.0, rounds=ROUNDS), replace(record("b", total=5.0), category="d")]
+    found = metrics.variant(Run(ours, 7.0), Run(plain, 14.0))["categories"]
+    assert list(found) == ["c", "d"]
+    assert found["c"] == {
+        "requests": 1, "tokens": 5, "tokens_per_second": 4.0, "acceptance_rate": 0.5, "block_efficiency": 2.0,
+        "speedup": {"value": 4.0, "low": None, "high": None},
+    }  # fmt: skip
+    assert (found["d"]["speedup"]["value"], found["d"]["acceptance_rate"]) == (2.0, None)
+    random_weights = metrics.variant(Run(ours, 7.0, random_weights=True), Run(plain, 14.0))
+    assert random_weights["categories"]["c"]["acceptance_rate"] is None
+    assert random_weights["counts"]["accepted"] is None
+
+
+def test_turns_of_a_conversation_are_drawn_together() -> None:
+    def talk(total: float) -> list[Record]:
+        return [record("q", total=total), replace(record("q/2", total=2 * total), turn=2)]
+
+    assert [one.conversation for one in talk(3.0)] == ["q", "q"]
+    assert record("q/2").conversation == "q/2", "an id may have a slash of its own"
+    found = metrics.variant(Run(talk(2.0), 6.0), Run(talk(3.0), 9.0))["speedup"]
+    assert found == {"value": pytest.approx(7 / 4), "low": None, "high": None}, "2 + 5 seconds over 1 + 3; one conversation"
+
+
+def test_the_interval_is_that_of_resampled_prompts() -> None:
+    """Against resampling written out, prompt by prompt."""
+    draw = random.Random(5)
+    plain = [record(str(i), total=3.0 + draw.random()) for i in range(12)]
+    fast = [record(str(i), total=2.0 + draw.random()) for i in range(12)]
+    ratios = []
+    for _ in range(4000):
+        chosen = [draw.randrange(12) for _ in range(12)]
+        ratios.append(sum(plain[i].decode_s for i in chosen) / sum(fast[i].decode_s for i in chosen))
+    found = metrics.variant(Run(fast, 1.0), Run(plain, 1.0))["speedup"]
+    assert found["value"] == pytest.approx(sum(r.decode_s for r in plain) / sum(r.decode_s for r in fast))
+    assert found["low"] == pytest.approx(metrics.percentile(ratios, 2.5), rel=0.02)
+    assert found["high"] == pytest.approx(metrics.percentile(ratios, 97.5), rel=0.02)
+
+
+def test_energy_is_told_for_each_token() -> None:
+    found = metrics.variant(Run([record()], 3.0, energy_joules=20.0), Run([record()], 3.0))
+    assert (found["energy_joules"], found["energy_per_token"]) == (20.0, 4.0)
+    assert metrics.variant(Run([record()], 3.0), Run())["energy_per_token"] is None
+
+
+def test_a_line_of_records_says_what_is_known_of_the_request() -> None:
+    line = record(rounds=ROUNDS).to_json()
+    assert (line["decode_s"], line["ms_per_token"], line["acceptance_rate"], line["block_efficiency"]) == (2.0, 500.0, 0.5, 2.0)
+    assert record().to_json()["block_efficiency"] is None
+    old = {key: value for key, value in line.items() if key not in {"turn", "decode_s"}}
+    assert Record.from_json(old) == record(rounds=ROUNDS), "a line of an older run"

@@ -15,10 +15,10 @@ PACKAGE = ROOT / "src" / "forerun"
 # A file imports only from names before its own; ARCHITECTURE.md prints the same list.
 LAYERS = [
     "types", "config", "text", "workload", "tree", "sampling", "accept", "packed", "attention", "graph", "cache", "model",
-    "scoring", "heads", "draft", "compress", "engine", "backends", "build", "train", "evaluate", "bench", "audit", "server",
-    "verbs", "cli",
+    "scoring", "heads", "draft", "compress", "engine", "backends", "plugin", "build", "train", "evaluate", "bench", "audit",
+    "server", "verbs", "cli",
 ]  # fmt: skip
-VERBS = ["generate", "bench", "train", "audit"]
+VERBS = ["generate", "bench", "eval", "compress", "report", "train", "audit"]
 SOURCES = sorted(set(PACKAGE.rglob("*.py")) - {PACKAGE / "__init__.py"})  # the package's own file stands above all layers
 
 

@@ -26,6 +26,10 @@ MaxTokens = Annotated[int | None, typer.Option(help="Most new tokens.")]
 Seed = Annotated[int | None, typer.Option(help="Of the sampling.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no remarks.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what --out holds.")]
+Small = Annotated[bool, typer.Option("--small", help="The size that the config's own section `small` asks for.")]
+Data = Annotated[str | None, typer.Option(help="Folder of data sets, looked in before the Hub is asked.")]
+EVAL_WORDS = "tasks: perplexity, humaneval, mbpp, race-high, race-middle, gsm8k, a JSONL file, or lm-eval's names."
 
 
 def show_version(wanted: bool) -> None:
@@ -76,7 +80,12 @@ def generate(
 def bench(
     words: Annotated[list[str] | None, typer.Argument(metavar="[CONFIG] [a.b=c ...]", help="CONFIG is a YAML file.")] = None,
     out: Annotated[str | None, typer.Option(help="Folder for the results. Default: runs/bench-<time>.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run that --out holds.")] = False,
+    overwrite: Overwrite = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Keep what --out holds of finished variants; run the others.")
+    ] = False,
+    small: Small = False,
+    data: Data = None,
     model: Model = None,
     draft: Draft = None,
     method: Method = None,
@@ -102,11 +111,60 @@ def bench(
             {"path": draft, "k": k},
             method,
             overwrite=overwrite,
+            resume=resume,
+            small=small,
+            data=data,
             memory=memory,
             as_json=json,
             quiet=quiet,
         )
     )
+
+
+@app.command("eval", epilog="Example: forerun eval tasks=perplexity,humaneval,arc_easy limit=20 model.path=FOLDER")
+def evaluate(
+    words: Annotated[list[str] | None, typer.Argument(metavar="[CONFIG] tasks=A,B [a.b=c ...]", help=EVAL_WORDS)] = None,
+    out: Annotated[str | None, typer.Option(help="Folder for the results. Default: runs/eval-<time>.")] = None,
+    overwrite: Overwrite = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """What the text is worth: perplexity, programs, multiple choice, mathematics, tasks of lm-evaluation-harness."""
+    from forerun.verbs.evaluate import run
+
+    finish(run(words or [], out, overwrite=overwrite, as_json=json, quiet=quiet))
+
+
+@app.command(epilog="Example: forerun compress model.path=FOLDER recipes.0.kind=gptq recipes.0.bits=4 --out FOLDER-4bit")
+def compress(
+    words: Annotated[list[str] | None, typer.Argument(metavar="[CONFIG] [a.b=c ...]", help="CONFIG is a YAML file.")] = None,
+    out: Annotated[str | None, typer.Option(help="Folder for the compressed model.")] = None,
+    floor: Annotated[str | None, typer.Option(help="Search the most that keeps a quality, e.g. race-high>=0.5.")] = None,
+    axis: Annotated[str | None, typer.Option(help="What the search varies, e.g. recipes.0.fraction.")] = None,
+    overwrite: Overwrite = False,
+    small: Small = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Quantize and prune a model, and save it; the same command resumes."""
+    from forerun.verbs.compress import run
+
+    finish(run(words or [], out, floor, axis, overwrite=overwrite, small=small, as_json=json, quiet=quiet))
+
+
+@app.command(epilog="Example: forerun report runs/monday runs/tuesday")
+def report(
+    folders: Annotated[list[str], typer.Argument(metavar="DIR...", help="Folders of finished runs.")],
+    out: Annotated[
+        str | None, typer.Option(help="Folder for the report. One run: its own. Several: runs/report-<time>.")
+    ] = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Make the reports of a finished run anew, or compare several runs."""
+    from forerun.verbs.report import run
+
+    finish(run(folders, out, as_json=json, quiet=quiet))
 
 
 @app.command(epilog="Example: forerun train eagle.yaml --out runs/eagle steps=2000. The same command resumes.")

@@ -18,7 +18,8 @@ from transformers import DynamicCache, PreTrainedModel
 
 from forerun import workload
 from forerun.audit.verdict import Audit, Check
-from forerun.bench import measure
+from forerun.bench.lanes import room_for_prompts
+from forerun.bench.serve import request
 from forerun.build import Models, build
 from forerun.config import Experiment, LosslessRuleConfig, NoDraftConfig
 from forerun.engine import Engine
@@ -80,9 +81,9 @@ def divergence(experiment: Experiment, models: Models | None = None, *, quiet: b
         backends = [build(variant, models) for variant in (plain, other)]
     own = backends[0]
     assert isinstance(own, Engine)
-    room = min(measure.room_for_prompts(backend.facts, other) for backend in backends)
+    room = min(room_for_prompts(backend.facts, other) for backend in backends)
     prompts = workload.load(experiment.workload, own.tokenizer, own.target.vocabulary, room)
-    requests = [measure.request(prompt, other, experiment, prompt.id) for prompt in prompts]
+    requests = [request(prompt, other, experiment, prompt.id) for prompt in prompts]
     texts: list[list[Completion]] = []
     for name, backend in zip(("plain", "other"), backends, strict=True):
         with console.status(f"{name}: decoding {len(prompts)} prompts"):

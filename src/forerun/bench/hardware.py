@@ -8,7 +8,6 @@ import os
 import platform
 import subprocess
 import sys
-import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -43,9 +42,9 @@ def environment() -> dict[str, Any]:
     }
 
 
-def write(path: Path, facts: dict[str, dict[str, Any]]) -> None:
+def write(path: Path, found: dict[str, Any], facts: dict[str, dict[str, Any]]) -> None:
     """environment.json: the machine, and what each variant's backend says of itself (dtype and device among it)."""
-    path.write_text(json.dumps(environment() | {"variants": facts}, indent=2, default=str) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(found | {"variants": facts}, indent=2, default=str) + "\n", encoding="utf-8")
 
 
 def installed(name: str) -> str | None:
@@ -98,29 +97,6 @@ def gpu(index: int) -> dict[str, Any]:
         "capability": f"{properties.major}.{properties.minor}",
         "multiprocessors": properties.multi_processor_count,
     }
-
-
-class Meter:
-    """How busy the device was between two moments: CPU time over all allowed cores, or what NVML says at the end."""
-
-    def __init__(self, device: str) -> None:
-        self.device = device
-        self.began, self.cpu_began = time.perf_counter(), time.process_time()
-
-    def percent(self) -> float | None:
-        """None where nothing tells (NVML's Python bindings missing) or where no time has passed."""
-        if self.device.startswith("cuda"):
-            return gpu_percent(self.device)
-        passed = (time.perf_counter() - self.began) * (allowed_cpus() or 1)
-        return 100 * (time.process_time() - self.cpu_began) / passed if passed > 0 else None
-
-
-def gpu_percent(device: str) -> float | None:
-    """NVML's figure covers the last sixth to whole second, so reading it after the work disturbs nothing."""
-    try:
-        return float(torch.cuda.utilization(torch.device(device)))
-    except (ImportError, ModuleNotFoundError, RuntimeError):
-        return None
 
 
 def kv_bytes_per_token(model: ModelConfig) -> int | None:

@@ -7,41 +7,49 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 from forerun.config import Experiment, Variant, parse
 
 TIMEOUT_S = 600
 
 
-def measure(variant: Variant, experiment: Experiment) -> int | None:
-    """Peak bytes while a fresh process loads the variant and serves its longest prompts; None where that fails."""
+class Peaks(NamedTuple):
+    """Most bytes at any time; None where that is not known."""
+
+    process: int | None  # resident
+    device: int | None  # what torch allocated on GPUs, all together; None without one
+
+
+def measure(variant: Variant, experiment: Experiment) -> Peaks | None:
+    """Peaks while a fresh process loads the variant and serves its longest prompts; None where that fails."""
     job = {"variant": variant.model_dump(mode="json"), "experiment": experiment.model_dump(mode="json")}
     try:
         done = subprocess.run(
             [sys.executable, "-m", "forerun.bench.memory"],
             input=json.dumps(job), capture_output=True, text=True, timeout=TIMEOUT_S, check=True,
         )  # fmt: skip
-        return int(json.loads(done.stdout.strip().splitlines()[-1])["peak_memory_bytes"])
-    except (OSError, subprocess.SubprocessError, ValueError, KeyError, IndexError):
+        return Peaks(**json.loads(done.stdout.strip().splitlines()[-1]))
+    except (OSError, subprocess.SubprocessError, ValueError, TypeError, IndexError):
         return None
 
 
-def peak(cuda: bool) -> int | None:
-    """On a GPU what torch allocated there, of all devices; else the most that this process had resident."""
-    if cuda:
-        import torch
+def peaks(device: str) -> Peaks:
+    """Of this process so far, on the device that its backend names."""
+    if not device.startswith("cuda"):
+        return Peaks(resident(), None)
+    import torch
 
-        return sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
+    return Peaks(resident(), sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count())))
+
+
+def resident() -> int | None:
     status = Path("/proc/self/status")
     if status.is_file():
         # Not getrusage: its ru_maxrss survives exec, so a child would report the size of the process that started it.
         for line in status.read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
-    return resident_peak()
-
-
-def resident_peak() -> int | None:
     try:
         import resource
     except ImportError:  # Windows
@@ -52,8 +60,9 @@ def resident_peak() -> int | None:
 
 def main() -> None:
     from forerun import workload
-    from forerun.bench.measure import request, room_for_prompts, serve
+    from forerun.bench.lanes import room_for_prompts
     from forerun.bench.methods import maker
+    from forerun.bench.serve import request, serve
 
     job = json.load(sys.stdin)
     variant = parse(Variant, job["variant"], "variant")
@@ -64,7 +73,7 @@ def main() -> None:
     prompts = workload.load(experiment.workload, backend.tokenizer, make.vocabulary(variant), room)
     longest = sorted(prompts, key=lambda prompt: len(prompt.tokens))[-variant.engine.rows :]
     serve(backend, [request(prompt, variant, experiment, prompt.id) for prompt in longest], variant.engine.rows)
-    print(json.dumps({"peak_memory_bytes": peak(str(backend.facts.get("device", "cpu")).startswith("cuda"))}))
+    print(json.dumps(peaks(str(backend.facts.get("device", "cpu")))._asdict()))
     sys.stdout.flush()
     os._exit(0)  # nothing to clean up, and worker threads of libraries may linger
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from forerun.config import METHODS, Variant
 
 if TYPE_CHECKING:
-    from forerun.bench.measure import Maker
+    from forerun.bench.lanes import Maker
     from forerun.model import Loaded
 
 SHIPPED = ("ngram", "model", "medusa", "eagle")
@@ -30,7 +30,7 @@ def compare(wanted: Sequence[str], drafter: dict[str, Any]) -> dict[str, dict[st
 
 def maker() -> Maker:
     """Backends from models that are loaded once and shared by all variants."""
-    from forerun.bench.measure import Maker
+    from forerun.bench.lanes import Maker
     from forerun.build import Models, build
 
     models = Models()

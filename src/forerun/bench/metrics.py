@@ -6,15 +6,17 @@ The decode of a request is what follows its first delta: its seconds and its tok
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from statistics import fmean
 from typing import Any, NamedTuple
 
+import numpy as np
+
+from forerun.bench.intervals import Pair, paired, percentile, ratio, ratio_interval
+from forerun.bench.quality import Finding, beside
 from forerun.types import Phases
 
-RESAMPLES = 2000
 MEANINGLESS_WITH_RANDOM_WEIGHTS = (
     "accepted", "acceptance_rate", "conditional_acceptance", "block_efficiency", "rollbacks", "rejected_tokens",
     "draft_wastage", "verification_wastage", "identity_residual",
@@ -32,7 +34,10 @@ class RoundRecord(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One completion of one request in one repeat, as records.jsonl has it; seconds count from the submission."""
+    """One completion of one request in one repeat, as records.jsonl has it.
+
+    Seconds count from the request's submission, in an open loop from its arrival.
+    """
 
     id: str
     category: str
@@ -48,6 +53,7 @@ class Record:
     drafted: int | None  # sums over the rounds; None where the backend does not tell
     accepted: int | None
     rounds: tuple[RoundRecord, ...] | None
+    turn: int = 1  # of its conversation; the id of a later one ends with `/2`, `/3`, ...
 
     @property
     def decode_s(self) -> float:
@@ -57,15 +63,38 @@ class Record:
     def decode_tokens(self) -> int:
         return len(self.tokens) - self.arrivals[0][1]
 
+    @property
+    def ms_per_token(self) -> float | None:
+        return ratio(1e3 * self.decode_s, self.decode_tokens)
+
+    @property
+    def acceptance_rate(self) -> float | None:
+        return ratio(self.accepted, self.drafted)
+
+    @property
+    def block_efficiency(self) -> float | None:
+        return ratio(sum(round.emitted for round in self.rounds), len(self.rounds)) if self.rounds else None
+
+    @property
+    def key(self) -> tuple[str, int, int]:
+        """What it shares with the record of the same request of another variant."""
+        return self.id, self.index, self.repeat
+
+    @property
+    def conversation(self) -> str:
+        return self.id.removesuffix(f"/{self.turn}") if self.turn > 1 else self.id
+
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        derived = ("decode_s", "ms_per_token", "acceptance_rate", "block_efficiency")
+        return asdict(self) | {name: getattr(self, name) for name in derived}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Record:
         rounds = data["rounds"]
+        own = {one.name: data[one.name] for one in fields(cls) if one.name in data}
         return cls(
             **{
-                **data,
+                **own,
                 "tokens": tuple(data["tokens"]),
                 "arrivals": tuple((at, count) for at, count in data["arrivals"]),
                 "rounds": None if rounds is None else tuple(RoundRecord(*round) for round in rounds),
@@ -84,8 +113,14 @@ class Run:
     greedy: bool = True
     drafts: bool = False
     random_weights: bool = False
-    peak_memory_bytes: int | None = None
-    utilization_percent: float | None = None
+    peak_memory_bytes: int | None = None  # of a process
+    peak_device_bytes: int | None = None  # of a GPU
+    cpu_percent: float | None = None  # of all allowed cores
+    utilization_percent: float | None = None  # of the GPU
+    energy_joules: float | None = None
+    quality: tuple[Finding, ...] = ()
+    hash: str | None = None  # of all that decides what is measured
+    session: str | None = None  # runs of one session took turns on the machine
     error: str | None = None
 
 
@@ -102,36 +137,44 @@ def variant(run: Run, baseline: Run, seed: int = 0) -> dict[str, Any]:
     figures = (
         clock(run)
         | {
-            "speedup": ratio_interval(pairs, lambda r: (r.decode_s, r.decode_tokens), seed),
+            "speedup": ratio_interval(pairs, decode_cost, seed),
             "speedup_e2e": ratio_interval(pairs, lambda r: (r.total_s, len(r.tokens)), seed),
         }
         | acceptance(rounds_of(run.records))
-        | {"seconds": seconds(run.phases)}
+        | {"seconds": seconds(run.phases), "counts": counts(run.records)}
     )
     figures["overhead"] = overhead(run, baseline)
     speedup = figures["speedup"]["value"]
     figures["efficiency_gain"] = None if speedup is None else speedup - 1
     figures["identity_residual"] = residual(figures["block_efficiency"], figures["overhead"], speedup)
+    facts = ("rule", "label", "lossless", "meaningless", "rule_evidence", "weight_bytes", "kv_bytes")
+    own = (
+        "peak_memory_bytes", "peak_device_bytes", "cpu_percent", "utilization_percent", "energy_joules", "hash", "error"
+    )  # fmt: skip
     figures |= {
-        **{key: run.facts.get(key) for key in ("rule", "label", "lossless", "meaningless", "rule_evidence")},
+        **{key: run.facts.get(key) for key in facts},
+        **{key: getattr(run, key) for key in own},
+        "energy_per_token": ratio(run.energy_joules, figures["tokens"]),
         "exact_share": exact_share(run, baseline),
-        "peak_memory_bytes": run.peak_memory_bytes,
-        "weight_bytes": run.facts.get("weight_bytes"),
-        "utilization_percent": run.utilization_percent,
-        "quality": None,
-        "error": run.error,
+        "interleaved": run.session == baseline.session if run.records and baseline.records else None,
+        "quality": beside(run.quality, baseline.quality),
+        "categories": categories(run, pairs, seed),
     }
     if run.random_weights:
         figures |= dict.fromkeys(MEANINGLESS_WITH_RANDOM_WEIGHTS)
+        figures["counts"] |= dict.fromkeys(("accepted", "emitted", "rollbacks"))
     return figures
+
+
+def decode_cost(record: Record) -> tuple[float, int]:
+    return record.decode_s, record.decode_tokens
 
 
 def clock(run: Run) -> dict[str, Any]:
     """What the clock says of one variant; per-request figures are of each request's own stream."""
     records = run.records
     tokens = sum(len(record.tokens) for record in records)
-    decoding = [record for record in records if record.decode_tokens > 0 and record.decode_s > 0]
-    decode_s, decode_tokens = sum(r.decode_s for r in decoding), sum(r.decode_tokens for r in decoding)
+    decoding = decoded(records)
     first_ms = [1e3 * record.first_s for record in records]
     total_ms = [1e3 * record.total_s for record in records]
     token_ms = [1e3 * record.decode_s / record.decode_tokens for record in decoding]
@@ -142,17 +185,39 @@ def clock(run: Run) -> dict[str, Any]:
         "wall_seconds": run.wall_seconds if records else None,
         "tokens_per_second": {
             "total": ratio(tokens, run.wall_seconds),
-            "decode": ratio(decode_tokens, decode_s),
+            "decode": decode_speed(records),
             "p50": percentile(speeds, 50),
         },
-        "ttft_ms": {"p50": percentile(first_ms, 50), "p95": percentile(first_ms, 95)},
+        "ttft_ms": percentiles(first_ms),
         "ms_per_token": {"p50": percentile(token_ms, 50), "p95": percentile(token_ms, 95)},
-        "latency_ms": {
-            "mean": fmean(total_ms) if total_ms else None,
-            "p50": percentile(total_ms, 50),
-            "p95": percentile(total_ms, 95),
-        },
+        "inter_token_ms": percentiles(gaps_ms(records)),
+        "latency_ms": {"mean": fmean(total_ms) if total_ms else None} | percentiles(total_ms),
     }
+
+
+def percentiles(values: Sequence[float]) -> dict[str, float | None]:
+    return {f"p{percent}": percentile(values, percent) for percent in (50, 95, 99)}
+
+
+def decoded(records: Iterable[Record]) -> list[Record]:
+    """Those with anything after their first delta."""
+    return [record for record in records if record.decode_tokens > 0 and record.decode_s > 0]
+
+
+def decode_speed(records: Iterable[Record]) -> float | None:
+    """Tokens a second in the requests' own streams, pooled."""
+    decoding = decoded(records)
+    return ratio(sum(record.decode_tokens for record in decoding), sum(record.decode_s for record in decoding))
+
+
+def gaps_ms(records: Iterable[Record]) -> list[float]:
+    """One gap for each token but those of the first delta: tokens that came together share their delta's gap evenly."""
+    found: list[float] = []
+    for record in records:
+        at = np.array([at for at, _ in record.arrivals])
+        counts = np.array([count for _, count in record.arrivals])
+        found += np.repeat(1e3 * np.diff(at) / counts[1:], counts[1:]).tolist()
+    return found
 
 
 def rounds_of(records: Iterable[Record]) -> list[RoundRecord] | None:
@@ -163,6 +228,40 @@ def rounds_of(records: Iterable[Record]) -> list[RoundRecord] | None:
             return None
         pooled += record.rounds
     return pooled
+
+
+def counts(records: Sequence[Record]) -> dict[str, Any]:
+    """Numerators and denominators of the shares and speeds, pooled; decode figures of the requests that decoded."""
+    rounds, decoding = rounds_of(records), decoded(records)
+    told = {
+        "rounds": len(rounds or ()),
+        **{name: sum(getattr(round, name) for round in rounds or ()) for name in RoundRecord._fields},
+        "rollbacks": sum(round.accepted < round.drafted for round in rounds or ()),
+    }
+    return {
+        "requests": len(records),
+        "tokens": sum(len(record.tokens) for record in records) if records else None,
+        "decode_tokens": sum(record.decode_tokens for record in decoding) if records else None,
+        "decode_seconds": sum(record.decode_s for record in decoding) if records else None,
+    } | (told if rounds else dict.fromkeys(told))
+
+
+def categories(run: Run, pairs: dict[str, list[Pair]], seed: int) -> dict[str, dict[str, Any]]:
+    """By category: tokens a second of decoding, acceptance, block efficiency and speed-up."""
+    found: dict[str, dict[str, Any]] = {}
+    for name in dict.fromkeys(record.category for record in run.records):
+        records = [record for record in run.records if record.category == name]
+        own = {id: of for id, of in pairs.items() if of[0][0].category == name}
+        told = acceptance(None if run.random_weights else rounds_of(records))
+        found[name] = {
+            "requests": len(records),
+            "tokens": sum(len(record.tokens) for record in records),
+            "tokens_per_second": decode_speed(records),
+            "acceptance_rate": told["acceptance_rate"],
+            "block_efficiency": told["block_efficiency"],
+            "speedup": ratio_interval(own, decode_cost, seed),
+        }
+    return found
 
 
 def acceptance(rounds: Sequence[RoundRecord] | None) -> dict[str, Any]:
@@ -225,62 +324,9 @@ def residual(efficiency: float | None, cost: float | None, speedup: float | None
     return None if measured is None else measured - 1
 
 
-Pair = tuple[Record, Record]
-
-
-def paired(ours: Iterable[Record], theirs: Iterable[Record]) -> dict[str, list[Pair]]:
-    """By prompt: our record beside the baseline's of the same request, completion and repeat."""
-    partner = {(record.id, record.index, record.repeat): record for record in theirs}
-    pairs: dict[str, list[Pair]] = {}
-    for record in ours:
-        if (other := partner.get((record.id, record.index, record.repeat))) is not None:
-            pairs.setdefault(record.id, []).append((record, other))
-    return pairs
-
-
-def ratio_interval(
-    pairs: dict[str, list[Pair]], cost: Callable[[Record], tuple[float, int]], seed: int
-) -> dict[str, float | None]:
-    """The baseline's seconds per token over ours, with a bootstrap 95 % interval over prompts (percentile method).
-
-    `cost` gives a record's seconds and tokens. Where both sides emit the same tokens, as greedy ones do, this is the ratio
-    of the paired totals of seconds; where they do not, neither gains by saying less. One prompt gives no interval.
-    """
-    totals = []
-    for of_prompt in pairs.values():
-        ours, theirs = [cost(pair[0]) for pair in of_prompt], [cost(pair[1]) for pair in of_prompt]
-        totals.append([float(sum(column)) for side in (ours, theirs) for column in zip(*side, strict=True)])
-
-    def value(drawn: Sequence[Sequence[float]]) -> float | None:
-        our_s, our_tokens, their_s, their_tokens = (sum(column) for column in zip(*drawn, strict=True))
-        return ratio(ratio(their_s, their_tokens), ratio(our_s, our_tokens))
-
-    if not totals:
-        return {"value": None, "low": None, "high": None}
-    draw = random.Random(seed)
-    resampled = [value(draw.choices(totals, k=len(totals))) for _ in range(RESAMPLES)] if len(totals) > 1 else []
-    ratios = [one for one in resampled if one is not None]
-    return {"value": value(totals), "low": percentile(ratios, 2.5), "high": percentile(ratios, 97.5)}
-
-
 def exact_share(run: Run, baseline: Run) -> float | None:
     """Share of greedy requests that are token for token the baseline's plain decoding."""
     pairs = [pair for of_prompt in paired(run.records, baseline.records).values() for pair in of_prompt]
     if not pairs or not run.greedy or not baseline.greedy or baseline.drafts:
         return None
     return sum(ours.tokens == theirs.tokens for ours, theirs in pairs) / len(pairs)
-
-
-def ratio(over: float | None, under: float | None) -> float | None:
-    return None if over is None or not under else over / under
-
-
-def percentile(values: Sequence[float], percent: float) -> float | None:
-    """Linear interpolation between order statistics, as numpy's default."""
-    if not values:
-        return None
-    ordered = sorted(values)
-    at = (len(ordered) - 1) * percent / 100
-    low = int(at)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (at - low)

@@ -33,9 +33,10 @@ def headline(summary: dict[str, Any]) -> str:
     )
 
 
-def table(summary: dict[str, Any]) -> Table:
-    """The table printed at the end of a run: 80 columns hold it."""
-    return make_table(summary, headline(summary), findings(summary, {}, None)[0].text)
+def table(summary: dict[str, Any], experiment: Experiment | None = None) -> Table:
+    """The table printed at the end of a run: 80 columns hold it. The experiment tells which variants promise the same text."""
+    configs, floor = (experiment.expand(), experiment.floor) if experiment else ({}, None)
+    return make_table(summary, headline(summary), findings(summary, configs, floor)[0].text)
 
 
 def machine(out: Path) -> list[str]:

@@ -22,7 +22,7 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
         return dict(over)
     joined = dict(base)
     for key, value in over.items():
-        old = joined.get(key)
+        old = joined.get(key, [] if key in LISTS else None)
         if isinstance(old, list | tuple) and isinstance(value, dict) and all(str(index).isdigit() for index in value):
             joined[key] = merge_list(list(old), value)
         else:
@@ -87,6 +87,7 @@ def explain(kind: type[BaseModel], error: ValidationError) -> str:
 
 
 UNIONS = (DrafterConfig, RuleConfig, QualityConfig, RecipeConfig)
+LISTS = ("quality", "recipes")
 TAGGED = ("drafter", "rule", "quality", "recipes")
 """Parts that are tagged unions, or lists of them: pydantic puts the tag into the place of a mistake."""
 

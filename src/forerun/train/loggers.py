@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from forerun.types import UserError
@@ -33,7 +34,7 @@ class Log:
 
 
 def numbers(figures: dict[str, Any], name: str = "") -> dict[str, float]:
-    """Nested figures under names such as validation/top1/0."""
+    """Nested figures under names such as validation/top1/0; what is no number is left out."""
     flat: dict[str, float] = {}
     for key, value in figures.items():
         full = f"{name}{key}"
@@ -41,7 +42,7 @@ def numbers(figures: dict[str, Any], name: str = "") -> dict[str, float]:
             flat |= numbers(value, f"{full}/")
         elif isinstance(value, list):
             flat |= numbers({str(i): part for i, part in enumerate(value)}, f"{full}/")
-        else:
+        elif isinstance(value, int | float):
             flat[full] = float(value)
     return flat
 
@@ -77,10 +78,38 @@ def tensorboard(folder: Path) -> Teller:
     return tell, writer.close
 
 
-def wandb(folder: Path, settings: dict[str, Any]) -> Teller:
+def wandb_library() -> ModuleType:
     try:
         import wandb as library
     except ImportError as error:
-        raise UserError("loggers=[wandb] needs Weights & Biases: pip install 'forerun[loggers]'") from error
-    run = library.init(project="forerun", name=folder.name, dir=str(folder), config=settings, resume="allow", id=folder.name)
-    return lambda step, figures: run.log(figures, step=step), run.finish
+        raise UserError("Weights & Biases (wandb) is not installed: pip install 'forerun[loggers]'") from error
+    return library
+
+
+def wandb(
+    folder: Path,
+    settings: dict[str, Any],
+    *,
+    project: str = "forerun",
+    entity: str | None = None,
+    name: str | None = None,
+    resume: bool = True,
+    files: Sequence[Path] = (),
+    quiet: bool = False,
+) -> Teller:
+    """A run named after the folder; `resume` continues the run of that name. `files` are taken along at its end.
+
+    Without a network, WANDB_MODE=offline keeps the run in the folder.
+    """
+    again = {"resume": "allow", "id": folder.name} if resume else {}
+    run = wandb_library().init(
+        project=project, entity=entity, name=name or folder.name, dir=str(folder), config=settings,
+        settings={"silent": quiet}, **again,
+    )  # fmt: skip
+
+    def close() -> None:
+        for file in files:
+            run.save(str(file), base_path=str(file.parent), policy="now")
+        run.finish()
+
+    return lambda step, figures: run.log(figures, step=step), close

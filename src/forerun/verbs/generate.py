@@ -8,8 +8,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from forerun.bench import labels, methods
-from forerun.bench.measure import Maker, explain, out_of_memory, serve, to_record
+from forerun.bench.lanes import Maker, explain, out_of_memory
 from forerun.bench.metrics import Record, acceptance
+from forerun.bench.serve import serve, to_record
 from forerun.config import Experiment, Variant, load, parse
 from forerun.types import Backend, Delta, Request, UserError
 from forerun.verbs.common import hush_libraries, known_method

@@ -33,7 +33,7 @@ def one(path: Path, out: str | None, as_json: bool, quiet: bool) -> int:
         print(json.dumps(found.summary, indent=2))
     elif not quiet:
         console = Console()
-        console.print(report.table(found.summary))
+        console.print(report.table(found.summary, found.experiment))
         console.print(f"{target}/report.html", markup=False, highlight=False)
     return 0
 
