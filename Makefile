@@ -39,10 +39,16 @@ demo: $(STAMP)
 # sets (else shipped prompts stand in); SMALL= asks for the real models at full size.
 SMALL ?= --small
 TABLES := $(basename $(notdir $(wildcard configs/tables/*.yaml)))
-tables: $(addprefix table-,$(TABLES))
+tables: $(addprefix table-,$(TABLES)) table-s4-floor
 
 table-%: configs/tables/%.yaml $(DEV)
 	$(BIN)/forerun bench $< $(SMALL) $(if $(DATA),--data $(DATA)) --out runs/tables/$* --overwrite
+
+# The largest pruned fraction above a floor of quality; --small has perplexity in the place of RACE.
+FLOOR ?= $(if $(SMALL),perplexity<=80,race-high>=0.5)
+table-s4-floor: $(DEV)
+	$(BIN)/forerun compress configs/compress-floor.yaml $(SMALL) $(if $(DATA),data=$(DATA)) --floor "$(FLOOR)" \
+		--axis recipes.1.fraction --out runs/tables/s4-floor --overwrite
 
 # Idle worker threads that spin take the core another process needs; here they sleep instead.
 test: $(DEV)

@@ -21,10 +21,14 @@ from forerun.accept.relaxations import Ensemble, TemperatureRelaxed, TopPResidua
 from forerun.accept.rule import at_node
 from forerun.accept.synthetic import Synthetic
 from forerun.accept.thresholds import Relaxed, Typical
-from forerun.bench import labels, measure, methods, report
-from forerun.config import Variant, load
+from forerun.bench import labels, measure, methods, report, show
+from forerun.config import Variant, load, parse
+from forerun.draft import Constant, NGram
+from forerun.engine import Engine
+from forerun.model import Target
 from forerun.tree import Tree
 from forerun.types import Sampling, UserError
+from models import tiny
 
 OUTSIDE = """
 from forerun.accept.relaxations import TemperatureRelaxed
@@ -241,7 +245,19 @@ def test_a_rule_that_cannot_be_enumerated_is_a_failed_row(bench: Callable[..., d
 
 def test_a_backend_that_is_not_ours_is_not_believed() -> None:
     found = labels.of(Fake(), Variant(), {})
-    assert found == {"label": "not enumerated: fake", "lossless": None, "meaningless": None, "rule_evidence": None}
+    unknown = dict.fromkeys(("lossless", "meaningless", "rule_evidence"))
+    assert found == unknown | {"label": "not enumerated: fake", "compressed": False}
+
+
+def test_a_lossless_rule_on_a_compressed_target_keeps_that_targets_text() -> None:
+    engine = Engine(Target(tiny("llama")), NGram(Constant(2), 1), choose("auto", drawn=False), rows=1, capacity=64)
+    smaller = parse(Variant, {"model": {"recipes": [{"kind": "rtn"}]}}, "variant")
+    found = labels.of(engine, smaller, {})
+    assert found["lossless"]
+    assert found["compressed"]
+    assert found["label"].endswith("; of the compressed target")
+    assert show.mark(found) == "compressed"
+    assert show.mark(labels.of(engine, Variant(), {})) == "lossless"
 
 
 def test_a_baseline_with_a_broken_rule_is_the_users_to_mend(tmp_path: Path, bench: Callable[..., dict[str, Any]]) -> None:

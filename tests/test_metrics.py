@@ -21,7 +21,7 @@ KEYS = {
     "tokens", "wall_seconds", "tokens_per_second", "ttft_ms", "ms_per_token", "latency_ms", "speedup", "speedup_e2e", "rounds",
     "drafted", "accepted", "acceptance_rate", "conditional_acceptance", "block_efficiency", "rollbacks", "rejected_tokens",
     "draft_wastage", "verification_wastage", "overhead", "efficiency_gain", "identity_residual", "seconds", "lossless",
-    "rule", "label", "meaningless", "rule_evidence",
+    "rule", "label", "meaningless", "compressed", "rule_evidence",
     "exact_share", "peak_memory_bytes", "weight_bytes", "utilization_percent", "quality", "counts", "inter_token_ms",
     "categories", "kv_bytes", "peak_device_bytes", "cpu_percent", "energy_joules", "energy_per_token", "hash", "interleaved",
 }  # fmt: skip

@@ -22,8 +22,17 @@ def of(backend: Backend, variant: Variant, examined: dict[str, Evidence]) -> dic
     """`rule`, `label`, `lossless`, `meaningless` and `rule_evidence` of a built variant, as summary.json has them.
 
     `rule` is None where nothing is drafted, since none judges anything there; `lossless` and `rule_evidence` are None where
-    the backend is not our engine, whose rules alone can be enumerated. `examined` remembers what was enumerated.
+    the backend is not our engine, whose rules alone can be enumerated. `examined` remembers what was enumerated. A rule is
+    lossless for the target that it runs on; of one that recipes made smaller the label says so.
     """
+    if not variant.model.recipes:
+        return rule_of(backend, variant, examined) | {"compressed": False}
+    found = rule_of(backend, variant, examined)
+    return found | {"compressed": True, "label": f"{found['label']}; of the compressed target"}
+
+
+def rule_of(backend: Backend, variant: Variant, examined: dict[str, Evidence]) -> dict[str, Any]:
+    """The same, of the rule alone."""
     if not isinstance(backend, Engine):
         label = f"not enumerated: {backend.facts['rule']}"
         return {"label": label, "lossless": None, "meaningless": None, "rule_evidence": None}

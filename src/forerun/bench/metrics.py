@@ -147,7 +147,7 @@ def variant(run: Run, baseline: Run, seed: int = 0) -> dict[str, Any]:
     speedup = figures["speedup"]["value"]
     figures["efficiency_gain"] = None if speedup is None else speedup - 1
     figures["identity_residual"] = residual(figures["block_efficiency"], figures["overhead"], speedup)
-    facts = ("rule", "label", "lossless", "meaningless", "rule_evidence", "weight_bytes", "kv_bytes")
+    facts = ("rule", "label", "lossless", "meaningless", "compressed", "rule_evidence", "weight_bytes", "kv_bytes")
     own = (
         "peak_memory_bytes", "peak_device_bytes", "cpu_percent", "utilization_percent", "energy_joules", "hash", "error"
     )  # fmt: skip

@@ -45,12 +45,16 @@ def bounds(figures: dict[str, Any] | None) -> tuple[float | None, float | None, 
 
 
 def mark(figures: Figures) -> str:
-    """A rule's label in one word; of a lossy one with the total variation that its label begins with."""
+    """A rule's label in one word; of a lossy one with the total variation that its label begins with.
+
+    Of a compressed target a lossless rule keeps that target's text, not the baseline's.
+    """
     lossless, meaningless = figures.get("lossless"), figures.get("meaningless")
     if lossless is None:
         return "unchecked"
     if lossless or meaningless:
-        return "lossless" if lossless else "meaningless"
+        kept = "compressed" if figures.get("compressed") else "lossless"
+        return kept if lossless else "meaningless"
     tv = at(figures, "rule_evidence.tv")
     return "LOSSY" if tv is None else "LOSSY <.01" if tv < 0.005 else f"LOSSY {tv:.2f}".replace(" 0.", " .")
 
