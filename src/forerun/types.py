@@ -128,6 +128,10 @@ class Score:
 class Scorer(Protocol):
     """Log-likelihoods, for multiple choice and perplexity."""
 
+    @property
+    def limit(self) -> int | None:
+        """The most tokens that the model reads at once; None where it has no limit."""
+
     def score(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Score]:
         """One score for each (context, continuation) of token ids; neither may be empty."""
 

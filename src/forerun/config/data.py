@@ -48,6 +48,7 @@ class PerplexityConfig(Measure):
 
     kind: Literal["perplexity"] = "perplexity"
     text: Literal["wikitext2", "c4", "text", "jsonl", "demo"] = "wikitext2"  # text, jsonl: of `path`; demo: the shipped prompts
+    field: str = "text"  # jsonl: where the text is
     stride: int = Field(default=512, ge=1)
     max_length: int = Field(default=2048, ge=2)
     batch: int = Field(default=4, ge=1)  # windows a forward pass
@@ -89,7 +90,6 @@ class HarnessConfig(Measure):
     kind: Literal["lm-eval"] = "lm-eval"
     tasks: tuple[str, ...] = Field(min_length=1)
     shots: int | None = Field(default=None, ge=0)  # None: the task's own number
-    batch: int = Field(default=8, ge=1)
 
 
 QualityConfig = Annotated[
