@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from forerun.accept import choose
+from forerun.backends.endpoint import Endpoint
 from forerun.backends.reference import Reference
+from forerun.backends.vllm import build as build_vllm
+from forerun.backends.words import Words, words
+from forerun.compress.cache import compressed
+from forerun.compress.opened import open_model
 from forerun.config import (
     EMBEDDED,
     DraftModelConfig,
@@ -44,7 +50,7 @@ from forerun.engine import Engine
 from forerun.heads import Eagle, Medusa, MLPSpeculator
 from forerun.heads.store import Head
 from forerun.heads.store import load as load_head
-from forerun.model import ASSETS, Loaded, Target, load, probe
+from forerun.model import ASSETS, Loaded, Target, probe
 from forerun.packed import pack
 from forerun.types import Backend, UserError
 
@@ -55,15 +61,28 @@ if TYPE_CHECKING:
 HeadConfig = MedusaConfig | MLPConfig | EagleConfig
 
 
+def to_stderr(words: str) -> None:
+    print(words, file=sys.stderr)
+
+
 class Models:
     """Every model that was asked for so far, loaded once; the reference has its own, unpacked and with its own attention."""
 
-    def __init__(self) -> None:
+    def __init__(self, say: Callable[[str], None] = to_stderr) -> None:
+        """`say` hears of models that are compressed, or were compressed before, as their recipes ask."""
+        self.say = say
         self.loaded: dict[tuple[ModelConfig, str, str], Loaded] = {}
+        self.known: dict[ModelConfig, Words] = {}
         self.heads: dict[tuple[str, str, ModelConfig], tuple[Head, dict[str, Any]]] = {}
 
     def target(self, config: ModelConfig, backend: str = "forerun") -> Loaded:
         return self._get(config, "target", backend)
+
+    def words(self, config: ModelConfig) -> Words:
+        """Of a target whose weights are loaded elsewhere."""
+        if config not in self.known:
+            self.known[config] = words(config)
+        return self.known[config]
 
     def draft(self, config: DraftModelConfig, target: ModelConfig, backend: str = "forerun") -> Loaded:
         """The draft goes where the target is; `auto` dtype is the checkpoint's own."""
@@ -89,11 +108,13 @@ class Models:
         return self.heads[key]
 
     def _get(self, config: ModelConfig, embedded: str, backend: str) -> Loaded:
-        if config.recipes:
-            raise UserError("recipes: this version has no compression recipes; leave the list empty")
         key = (config, embedded, backend)
         if key not in self.loaded:
-            found = load(config, embedded)
+            place = config
+            if config.recipes:
+                folder = compressed(config, embedded, self.say, lambda _what, _done, _all: None)
+                place = config.model_copy(update={"path": str(folder), "weights": "pretrained", "recipes": ()})
+            found = open_model(place, embedded)
             if config.pack and backend == "forerun":
                 pack(found.model)
             self.loaded[key] = found
@@ -104,6 +125,11 @@ def build(variant: Variant, models: Models) -> Backend:
     """The backend of a variant; UserError where its parts do not fit."""
     if variant.backend == "reference":
         return build_reference(variant, models)
+    if variant.backend == "vllm":
+        return build_vllm(variant, models.words(variant.model), models.say)
+    if variant.backend == "endpoint":
+        tokenizer = models.words(variant.model).tokenizer
+        return Endpoint(variant.endpoint, tokenizer, variant.engine.rows, variant.engine.capacity)
     settings, loaded = variant.engine, models.target(variant.model)
     fitting = [loaded.model]
     if isinstance(variant.drafter, DraftModelConfig):
