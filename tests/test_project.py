@@ -15,7 +15,7 @@ PACKAGE = ROOT / "src" / "forerun"
 # A file imports only from names before its own; ARCHITECTURE.md prints the same list.
 LAYERS = [
     "types", "config", "text", "workload", "tree", "sampling", "accept", "packed", "attention", "graph", "cache", "model",
-    "scoring", "heads", "draft", "compress", "engine", "backends", "plugin", "build", "train", "evaluate", "bench", "audit",
+    "scoring", "heads", "draft", "compress", "engine", "plugin", "backends", "build", "train", "evaluate", "bench", "audit",
     "server", "verbs", "cli",
 ]  # fmt: skip
 VERBS = ["generate", "bench", "eval", "compress", "report", "train", "audit"]

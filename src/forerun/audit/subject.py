@@ -27,6 +27,8 @@ SCALE = 1.5  # of random weights: laws whose most probable token has about 0.35,
 NOISE = 0.15  # of the draft's weights, relative to the target's: the laws overlap by about 0.65
 HIDDEN = 16
 CHUNK = 24  # tokens a prefill pass at most, so that the longer prompts take several
+HEAD_OF_VLLM = 32  # the least size of an attention head that vLLM's CPU build takes
+CACHE_OF_VLLM = 64 << 20  # bytes; its own choice is gigabytes
 ROUNDING = 1e-6  # difference of two ways to the same scores: float64, but for what norms compute in float32
 BATCH = 64  # sequences a plain forward pass
 
@@ -79,28 +81,39 @@ class Subject:
 
 
 def prepare(variant: Variant, folder: Path, vocabulary: int, seed: int) -> Subject:
-    """Write the small models and point the variant at them, float64; precision is another question than losslessness."""
-    target, draft = write_models(folder, vocabulary, seed)
-    small = {"path": str(target), "dtype": "float64", "weights": "pretrained", "recipes": (), "attention": "auto"}
+    """Write the small models and point the variant at them; precision is another question than losslessness.
+
+    They run in float64, in vLLM in float32, the most precise it has; there without compilation, unless the config asks for it.
+    """
+    in_vllm = variant.backend == "vllm"
+    dtype = "float32" if in_vllm else "float64"
+    target, draft = write_models(folder, vocabulary, seed, in_vllm)
+    small = {"path": str(target), "dtype": dtype, "weights": "pretrained", "recipes": (), "attention": "auto"}
     model = variant.model.model_copy(update=small)
-    drafter = variant.drafter
+    drafter, vllm = variant.drafter, variant.vllm
     if isinstance(drafter, DraftModelConfig):
-        own = {"path": str(draft), "dtype": "float64", "weights": "pretrained", "recipes": ()}
+        own = {"path": str(draft), "dtype": dtype, "weights": "pretrained", "recipes": ()}
         drafter = drafter.model_copy(update=own)
     elif isinstance(drafter, HeadConfig):
-        drafter = drafter.model_copy(update={"path": str(write_head(drafter, folder / "head", vocabulary, seed))})
+        drafter = drafter.model_copy(update={"path": str(write_head(drafter, folder / "head", vocabulary, seed, in_vllm))})
+    if in_vllm:
+        modest = {
+            "enforce_eager": vllm.enforce_eager is not False,
+            "kv_cache_memory_bytes": vllm.kv_cache_memory_bytes or CACHE_OF_VLLM,
+        }
+        vllm = vllm.model_copy(update=modest)
     plain, plain_draft = (
         load(ModelConfig(path=str(path), dtype="float64", device=variant.model.device)).model for path in (target, draft)
     )
-    changed = variant.model_copy(update={"model": model, "drafter": drafter})
+    changed = variant.model_copy(update={"model": model, "drafter": drafter, "vllm": vllm})
     return Subject(changed, vocabulary, target, plain, plain_draft, Models())
 
 
-def write_models(folder: Path, vocabulary: int, seed: int) -> tuple[Path, Path]:
+def write_models(folder: Path, vocabulary: int, seed: int, in_vllm: bool) -> tuple[Path, Path]:
     """A random target and a draft that is the target with noise on its weights, as checkpoints."""
     config = LlamaConfig(
-        vocab_size=vocabulary, hidden_size=HIDDEN, intermediate_size=2 * HIDDEN, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=4096,
+        vocab_size=vocabulary, hidden_size=HIDDEN, intermediate_size=2 * HIDDEN, num_hidden_layers=3 if in_vllm else 2,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=head_dim(in_vllm), max_position_embeddings=4096,
         bos_token_id=None, eos_token_id=None, pad_token_id=None,
     )  # fmt: skip
     paths = folder / "target", folder / "draft"
@@ -116,7 +129,11 @@ def write_models(folder: Path, vocabulary: int, seed: int) -> tuple[Path, Path]:
     return paths
 
 
-def write_head(config: HeadConfig, folder: Path, vocabulary: int, seed: int) -> Path:
+def head_dim(in_vllm: bool) -> int:
+    return HEAD_OF_VLLM if in_vllm else HIDDEN // 2
+
+
+def write_head(config: HeadConfig, folder: Path, vocabulary: int, seed: int, in_vllm: bool) -> Path:
     """A random head of the kind that the drafter wants: right as often as chance has it, which is enough to judge by."""
     heads = max(config.k, 1)
     shape: Shape
@@ -125,7 +142,10 @@ def write_head(config: HeadConfig, folder: Path, vocabulary: int, seed: int) -> 
     elif isinstance(config, MLPConfig):
         shape = MLPShape(HIDDEN, vocabulary, heads)
     else:
-        shape = EagleShape(HIDDEN, vocabulary, 2 * HIDDEN, 2, 1, HIDDEN // 2, max_position_embeddings=4096)
+        read = (0, 1, 2) if in_vllm else (-1,)  # vLLM reads what enters three layers
+        shape = EagleShape(
+            HIDDEN, vocabulary, 2 * HIDDEN, 2, 1, head_dim(in_vllm), features=read, max_position_embeddings=4096
+        )  # fmt: skip
     draw, head = torch.Generator().manual_seed(seed), empty_head(shape)
     for name, weight in head.named_parameters():
         if weight.ndim > 1:
