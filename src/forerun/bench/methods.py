@@ -8,13 +8,19 @@ from typing import TYPE_CHECKING, Any
 from forerun.config import METHODS, Variant
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from forerun.bench.lanes import Maker
-    from forerun.model import Loaded
 
 SHIPPED = ("ngram", "model", "medusa", "eagle")
 """The drafters that `forerun bench` runs beside plain decoding, each named after its method."""
+SHORT = {"workload": {"kind": "demo"}, "samples": 16, "length": 256}
+COMPRESSED = {"4-bit": {"model": {"recipes": [{"kind": "gptq", "bits": 4, "calibration": SHORT}]}}}
+"""And the target in 4 bit, calibrated on the shipped prompts."""
 TRAINED = ("model", "medusa", "eagle")
 """Those that fit the embedded target only."""
+ELSEWHERE = ("vllm", "endpoint")
+"""Backends that load the weights themselves, or have them already."""
 
 
 def compare(wanted: Sequence[str], drafter: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -35,11 +41,14 @@ def maker() -> Maker:
 
     models = Models()
 
-    def loaded(variant: Variant) -> Loaded:
-        return models.target(variant.model, variant.backend)
+    def vocabulary(variant: Variant) -> int:
+        if variant.backend in ELSEWHERE:
+            return models.words(variant.model).vocabulary
+        return int(models.target(variant.model, variant.backend).model.get_output_embeddings().out_features)
 
-    return Maker(
-        build=lambda variant: build(variant, models),
-        vocabulary=lambda variant: int(loaded(variant).model.get_output_embeddings().out_features),
-        tokenizer=lambda variant: loaded(variant).tokenizer,
-    )
+    def tokenizer(variant: Variant) -> PreTrainedTokenizerBase | None:
+        if variant.backend in ELSEWHERE:
+            return models.words(variant.model).tokenizer
+        return models.target(variant.model, variant.backend).tokenizer
+
+    return Maker(lambda variant: build(variant, models), vocabulary, tokenizer)

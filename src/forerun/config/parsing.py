@@ -43,13 +43,17 @@ def merge_list(base: list[Any], over: dict[str, Any]) -> list[Any]:
 
 
 def nest(flat: dict[str, Any]) -> dict[str, Any]:
-    """{"a.b": 1} -> {"a": {"b": 1}}."""
+    """{"a.b": 1} -> {"a": {"b": 1}}; places in a list stay keys: only the list that they are merged into knows its length."""
     tree: dict[str, Any] = {}
     for key, value in flat.items():
-        branch: Any = value
-        for part in reversed(str(key).split(".")):
-            branch = {part: branch}
-        tree = merge(tree, branch)
+        *parents, last = str(key).split(".")
+        branch = tree
+        for part in parents:
+            below = branch.get(part)
+            branch[part] = dict(below) if isinstance(below, dict) else {}
+            branch = branch[part]
+        old = branch.get(last)
+        branch[last] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
     return tree
 
 

@@ -35,4 +35,5 @@ class EndpointConfig(Part):
     url: str = "http://localhost:8000/v1"
     model: str | None = None  # None: the server's only one
     key_variable: str = "OPENAI_API_KEY"  # environment variable that holds the key, where the server wants one
+    prompts: Literal["ids", "text"] = "ids"  # as what they are sent; text for servers that take no token ids
     timeout_s: float = Field(default=600.0, gt=0.0)

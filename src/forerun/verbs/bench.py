@@ -103,9 +103,13 @@ def plan(
     if not configs:
         early = [word for word in overrides if word.startswith(("model.", "workload."))]
         said = load(None, early, given)
-        once = {"repeats": 1} if said.workload.kind == "demo" else {}  # many prompts: the interval is over them, not repeats
+        # Many prompts: the interval is over them, not repeats.
+        once: dict[str, Any] = {"repeats": 1, "sampling.max_new": 64} if said.workload.kind == "demo" else {}
         drafted = "path" in of_drafter or any(word.startswith("drafter.path=") for word in overrides)
         compared = methods.compare(wanted(method, said.model.path, drafted), of_drafter)
+        if method is None and said.model.path == EMBEDDED and not drafted:
+            compared |= methods.COMPRESSED
+            once["quality"] = [{"kind": "perplexity", "text": "demo"}]
         return load(None, overrides, once | given | {"variants": compared})
     if method is None:
         kind = {"drafter.kind": "model"} if "path" in of_drafter else {}
