@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import http.client
-import json
-import urllib.error
-import urllib.request
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -18,6 +13,7 @@ from rich.progress import track
 
 from forerun.audit.statistics import LEAST_EXPECTED, POWER, ChiSquare, homogeneity, judged
 from forerun.audit.verdict import Audit, Check
+from forerun.backends.web import base_of, fetch
 from forerun.types import UserError
 
 SAMPLED_PROMPTS = 4  # of the prompts given, evenly spaced: few prompts with many samples each see more than the reverse
@@ -36,9 +32,9 @@ class Server:
     @classmethod
     def at(cls, url: str, model: str | None, timeout_s: float) -> Server:
         """The server of a URL, with or without /v1; it is asked for its model's name where none is given."""
-        if not url.startswith(("http://", "https://")):
+        base = base_of(url)
+        if base is None:
             raise UserError(f"audit endpoint {url}: not a URL; give one such as http://localhost:8000/v1")
-        base = url.rstrip("/").removesuffix("/v1") + "/v1"
         if model is None:
             served = fetch(f"{base}/models", None, timeout_s)
             try:
@@ -58,37 +54,6 @@ class Server:
         except (KeyError, IndexError, TypeError) as error:
             raise UserError(f"{self.base}/completions answers without choices[0].text; is it OpenAI-compatible?") from error
         return str(text or "")
-
-
-def fetch(url: str, body: dict[str, Any] | None, timeout_s: float) -> Any:
-    """JSON from a URL, posted to where there is a body; UserError in one line for whatever goes wrong."""
-    data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
-    try:
-        with urllib.request.urlopen(request, timeout=timeout_s) as answer:
-            return json.load(answer)
-    except urllib.error.HTTPError as error:
-        with error:
-            told = " ".join(error.read(300).decode(errors="replace").split())
-        raise UserError(f"{url} answers with status {error.code}: {told or error.reason}; {remedy(error.code)}") from error
-    except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
-        reason = getattr(error, "reason", error)
-        if isinstance(reason, TimeoutError):
-            raise UserError(f"{url} gave no answer within {timeout_s:g} s; is the server overloaded?") from error
-        raise UserError(f"{url} cannot be reached: {reason}; is the server running there?") from error
-    except ValueError as error:
-        raise UserError(f"{url} answers with something that is not JSON; is it OpenAI-compatible?") from error
-
-
-def remedy(status: int) -> str:
-    known = {
-        401: "start the server without a key",
-        403: "start the server without a key",
-        404: "check the URL, and the model's name with --model",
-        429: "the server is too busy, try again alone on it",
-        503: "the server is too busy, try again alone on it",
-    }
-    return known.get(status, "look into the server's log" if status >= 500 else "check --model, --tokens and the prompts")
 
 
 @dataclass(frozen=True, slots=True)

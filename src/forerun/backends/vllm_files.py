@@ -1,0 +1,101 @@
+"""The folders that vLLM is to read: models with their recipes applied, and heads in a layout that it knows."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+
+from forerun import __version__
+from forerun.backends.vllm_args import Draft
+from forerun.compress.cache import cache_folder, compressed
+from forerun.compress.opened import model_place
+from forerun.config import EMBEDDED, DraftModelConfig, EagleConfig, MedusaConfig, MLPConfig, ModelConfig, Variant
+from forerun.heads import Eagle, Medusa, MLPSpeculator, formats
+from forerun.heads.store import Head, load
+from forerun.model import ASSETS, first_line
+from forerun.types import UserError
+
+HeadConfig = MedusaConfig | MLPConfig | EagleConfig
+SPECULATORS = "speculators_model_type"
+METHODS = {"medusa": "medusa", "mlp": "mlp_speculator"}
+
+
+def target_folder(config: ModelConfig, embedded: str, say: Callable[[str], None]) -> str:
+    """A folder, or the hub id as it is."""
+    if config.recipes:
+        return str(compressed(config, embedded, say, lambda _what, _done, _all: None))
+    if config.path != EMBEDDED and not Path(config.path).exists():
+        return config.path
+    place = model_place(config.path, embedded)
+    return str(place.parent if place.is_file() else place)  # random weights may come from a config.json alone
+
+
+def find_draft(variant: Variant, say: Callable[[str], None]) -> Draft | None:
+    """The draft model or head; a head of forerun's own layout is written into the cache first. None without either."""
+    drafter = variant.drafter
+    if isinstance(drafter, DraftModelConfig):
+        own = ModelConfig(path=drafter.path, dtype=drafter.dtype, weights=drafter.weights, recipes=drafter.recipes)
+        return Draft(target_folder(own, "draft", say), "draft_model")
+    return find_head(drafter, variant.model) if isinstance(drafter, HeadConfig) else None
+
+
+def find_head(config: HeadConfig, target: ModelConfig) -> Draft:
+    folder = ASSETS / config.kind if config.path == EMBEDDED else Path(config.path)
+    try:
+        settings: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        weights = (folder / "model.safetensors").stat()
+    except (OSError, ValueError):  # a hub id, or what vLLM will say of it
+        return Draft(config.path, METHODS.get(config.kind) or ("eagle3" if "eagle3" in config.path.lower() else "eagle"))
+    own = "kind" in settings
+    third = settings.get("version") == 3 if own else "draft_vocab_size" in settings or settings.get(SPECULATORS) == "eagle3"
+    method = METHODS.get(config.kind) or ("eagle3" if third else "eagle")
+    if not own:  # a public layout, which vLLM reads
+        return Draft(str(folder), method)
+    said = [__version__, method, settings, str(folder.resolve()), weights.st_size, weights.st_mtime_ns]
+    place = cache_folder() / f"vllm-{method}-{hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]}"
+    if not place.exists():
+        head, _ = load(folder, None, geometry(target))
+        if head.shape.kind != config.kind:
+            raise UserError(f"drafter.path={config.path} holds a head of kind {head.shape.kind}, not {config.kind}")
+        if isinstance(head, Eagle) and head.shape.version == 1 and head.shape.fc_bias and bool(head.join.bias.any()):
+            raise UserError(
+                f"drafter.path={config.path}: vLLM drops the bias of an EAGLE-1 head's joining layer and would draft worse; "
+                "train the head with version=3, or without that bias"
+            )
+        formats.write(head, place, layout(head), target.path, max(config.k, 1))
+    return Draft(str(place), method)
+
+
+def layout(head: Head) -> str:
+    """The one of our layouts that vLLM reads as it is meant.
+
+    EAGLE-3 as `speculators`, for vLLM counts the layers of `eagle_config` otherwise than the projects that write it.
+    """
+    if isinstance(head, Medusa):
+        return "vllm-medusa"
+    if isinstance(head, MLPSpeculator):
+        return "mlp"
+    return "eagle" if head.shape.version == 1 else "speculators"
+
+
+def geometry(config: ModelConfig, embedded: str = "target") -> PreTrainedConfig:
+    path = target_folder(config.model_copy(update={"recipes": ()}), embedded, lambda _: None)
+    try:
+        found: PreTrainedConfig = AutoConfig.from_pretrained(path)
+    except Exception as error:  # not a config, no such model on the hub: no common base class
+        raise UserError(f"model {path!r} cannot be read: {first_line(error)}; give a folder or a hub id") from error
+    return found
+
+
+def longest(variant: Variant) -> int | None:
+    """Most positions that target and draft model both know; None where neither says."""
+    fitting = [geometry(variant.model)]
+    if isinstance(variant.drafter, DraftModelConfig):
+        fitting.append(geometry(ModelConfig(path=variant.drafter.path), "draft"))
+    limits = [getattr(one.get_text_config(decoder=True), "max_position_embeddings", None) for one in fitting]
+    return min((limit for limit in limits if limit), default=None)

