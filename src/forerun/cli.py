@@ -167,6 +167,16 @@ def report(
     finish(run(folders, out, as_json=json, quiet=quiet))
 
 
+@app.command("vllm-args", epilog="Example: forerun vllm-args best.yaml")
+def vllm_args(
+    words: Annotated[list[str] | None, typer.Argument(metavar="[CONFIG] [a.b=c ...]", help="CONFIG is a YAML file.")] = None,
+) -> None:
+    """Print the `vllm serve` command line of a config."""
+    from forerun.verbs.vllm_args import run
+
+    finish(run(words or []))
+
+
 @app.command(epilog="Example: forerun train eagle.yaml --out runs/eagle steps=2000. The same command resumes.")
 def train(
     words: Annotated[

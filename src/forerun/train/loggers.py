@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -80,10 +81,9 @@ def tensorboard(folder: Path) -> Teller:
 
 def wandb_library() -> ModuleType:
     try:
-        import wandb as library
+        return importlib.import_module("wandb")
     except ImportError as error:
         raise UserError("Weights & Biases (wandb) is not installed: pip install 'forerun[loggers]'") from error
-    return library
 
 
 def wandb(
