@@ -38,6 +38,7 @@ class Server:
     width: int = 2
     pause_s: float = 0.0
     breaks: Callable[[dict[str, Any]], int | None] = lambda _: None  # after how many messages of this request
+    done: bool = False  # whether it says [DONE] before it breaks
     status: int = 200
     metrics: bool = True
     got: list[dict[str, Any]] = field(default_factory=list)
@@ -92,6 +93,7 @@ class Server:
         broken = self.breaks(body)
         for sent, start in enumerate(range(0, len(tokens), self.width)):
             if sent == broken:
+                write(b"data: [DONE]\n\n" if self.done else b"")
                 connection.shutdown(socket.SHUT_RDWR)
                 return
             part = tokens[start : start + self.width]
@@ -254,6 +256,16 @@ def test_a_server_that_dies_amid_a_text_and_comes_back() -> None:
     assert len(again.got) == 1
     assert len(server.facts["lost"]) == 1
     assert server.facts["counters"] is None, "a server that is down has none"
+
+
+@pytest.mark.parametrize("after", [0, 2])
+def test_a_text_that_ends_without_a_reason_is_lost(after: int) -> None:
+    with Server(breaks=lambda _: after, done=True).running() as url:
+        server = backend(url)
+        server.submit(asked(1, max_new=8)[0])
+        assert drain(server)[-1].finish == "cancelled"
+    assert "without a reason" in server.facts["lost"][0]["reason"]
+    assert server.facts["lost"][0]["tokens"] == 2 * after
 
 
 def test_a_server_that_stays_away_loses_the_request() -> None:

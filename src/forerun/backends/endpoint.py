@@ -224,8 +224,9 @@ class Endpoint:
             if what.text or what.ids:
                 self.told_ids = what.ids is not None
             return self._tell(job, None) if self.told_ids and what.finish is None else []
-        if not job.parts or (finish := job.parts[-1].finish) not in ("stop", "length"):
-            return [*self._tell(job, None), self._lose(job, ConnectionError(f"the stream ended without a reason ({finish})"))]
+        finish = job.parts[-1].finish if job.parts else None
+        if finish not in ("stop", "length"):
+            return [*self._tell(job, None), self._lose(job, ConnectionError(f"the text ended without a reason ({finish})"))]
         del self.jobs[job.request.id, job.index]
         return self._tell(job, what)
 
