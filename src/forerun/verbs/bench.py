@@ -107,7 +107,7 @@ def plan(
         once: dict[str, Any] = {"repeats": 1, "sampling.max_new": 64} if said.workload.kind == "demo" else {}
         drafted = "path" in of_drafter or any(word.startswith("drafter.path=") for word in overrides)
         compared = methods.compare(wanted(method, said.model.path, drafted), of_drafter)
-        if method is None and said.model.path == EMBEDDED and not drafted:
+        if method is None and said.model.path == EMBEDDED and not drafted and said.workload.kind == "demo":
             compared |= methods.COMPRESSED
             once["quality"] = [{"kind": "perplexity", "text": "demo"}]
         return load(None, overrides, once | given | {"variants": compared})
