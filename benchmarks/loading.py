@@ -44,16 +44,16 @@ def write(folder: Path) -> dict[str, Path]:
     from forerun.config import Compression, parse
 
     torch.manual_seed(0)
-    with torch.device("cpu"):
-        LlamaForCausalLM(LlamaConfig(**GEOMETRY)).to(torch.bfloat16).save_pretrained(folder / "bf16")
+    LlamaForCausalLM(LlamaConfig(**GEOMETRY)).to(torch.bfloat16).save_pretrained(folder / "bf16")
     recipe = {"model": {"path": str(folder / "bf16")}, "recipes": [{"kind": "rtn", "bits": 4, "group_size": 128}]}
     compress(parse(Compression, recipe, "benchmark"), folder / "int4", lambda *_: None)
     return {"bf16": folder / "bf16", "int4 g128": folder / "int4"}
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    options.add_argument("--json", default="benchmarks/results/loading.json")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", default="benchmarks/results/loading.json")
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         found = {}
         for name, path in write(Path(folder)).items():
@@ -62,7 +62,7 @@ def main() -> None:
     for name, figures in found.items():
         shares = {key: f"{value / found['bf16'][key]:.2f}" for key, value in figures.items()}
         print(name, {key: f"{value / 2**20:.0f} MiB" for key, value in figures.items()}, "of bf16:", shares)
-    Path(options.parse_args().json).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    Path(options.json).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -25,10 +25,9 @@ def of(backend: Backend, variant: Variant, examined: dict[str, Evidence]) -> dic
     the backend is not our engine, whose rules alone can be enumerated. `examined` remembers what was enumerated. A rule is
     lossless for the target that it runs on; of one that recipes made smaller the label says so.
     """
-    if not variant.model.recipes:
-        return rule_of(backend, variant, examined) | {"compressed": False}
-    found = rule_of(backend, variant, examined)
-    return found | {"compressed": True, "label": f"{found['label']}; of the compressed target"}
+    found, compressed = rule_of(backend, variant, examined), bool(variant.model.recipes)
+    note = "; of the compressed target" if compressed else ""
+    return found | {"compressed": compressed, "label": found["label"] + note}
 
 
 def rule_of(backend: Backend, variant: Variant, examined: dict[str, Evidence]) -> dict[str, Any]:

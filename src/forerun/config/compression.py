@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import Field, field_validator
 
-from forerun.config.data import QualityConfig, WorkloadConfig, find_data, named
+from forerun.config.data import QualityConfig, WorkloadConfig, named
 from forerun.config.files import read
 from forerun.config.parsing import merge, parse
 from forerun.config.part import Part
@@ -34,10 +34,7 @@ class Compression(Part):
         return self.model_copy(
             update={
                 "recipes": calibrated(self.recipes, self.workload, self.data),
-                "quality": tuple(
-                    one if one.path else one.model_copy(update={"path": find_data(getattr(one, "text", one.kind), self.data)})
-                    for one in self.quality
-                ),
+                "quality": tuple(one.located(self.data) for one in self.quality),
             }
         )
 
@@ -48,12 +45,9 @@ def calibrated(
     """The recipes with texts to learn from: those of `workload` where a recipe names none, data sets by the folder `data`."""
     found: list[RecipeConfig] = []
     for recipe in recipes:
-        if isinstance(recipe, GPTQConfig | PruneConfig):
-            texts = recipe.calibration.workload or workload
-            if texts is not None and texts.path is None:
-                texts = texts.model_copy(update={"path": find_data(texts.kind, data)})
-            recipe = recipe.model_copy(update={"calibration": recipe.calibration.model_copy(update={"workload": texts})})
-        found.append(recipe)
+        if isinstance(recipe, GPTQConfig | PruneConfig) and recipe.calibration.workload is None:
+            recipe = recipe.model_copy(update={"calibration": recipe.calibration.model_copy(update={"workload": workload})})
+        found.append(recipe.located(data))
     return tuple(found)
 
 

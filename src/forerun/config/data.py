@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field
 
@@ -15,7 +15,18 @@ WorkloadKind = Literal[
 ]  # fmt: skip
 
 
-class WorkloadConfig(Part):
+class Source(Part):
+    """What reads a data set."""
+
+    path: str | None = None  # file or folder; None: the named data set is fetched from the Hub
+
+    def located(self, data: str | None) -> Self:
+        """The same with the path of its named data set, where it has none and the folder `data` holds the set."""
+        kind = str(getattr(self, "text", None) or getattr(self, "kind", ""))  # a perplexity names the text that it is of
+        return self if self.path else self.model_copy(update={"path": find_data(kind, data)})
+
+
+class WorkloadConfig(Source):
     """Prompts: shipped (demo), made (synthetic), one's own (text, jsonl), a data set by its name, or any of the Hub (hub)."""
 
     kind: WorkloadKind = "demo"
@@ -36,10 +47,9 @@ class WorkloadConfig(Part):
     rate: float | None = Field(default=None, gt=0.0)  # open loop: requests a second, arriving as a Poisson process
 
 
-class Measure(Part):
+class Measure(Source):
     """What all measures of quality share."""
 
-    path: str | None = None  # file or folder; None: from the Hub
     limit: int | None = Field(default=None, ge=1)  # of questions, from the start
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from omegaconf import OmegaConf
 from pydantic import Field, field_validator
 
-from forerun.config.data import PerplexityConfig, QualityConfig, WorkloadConfig, find_data, named
+from forerun.config.data import PerplexityConfig, QualityConfig, WorkloadConfig, named
 from forerun.config.files import read
 from forerun.config.parsing import flatten_keys, merge, nest, parse
 from forerun.config.part import Part
@@ -122,24 +122,18 @@ class Experiment(Variant):
 
     def located(self) -> Experiment:
         """The same with the paths of the named data sets that the folder `data` holds."""
-        workload = self.workload
-        if workload.path is None:
-            workload = workload.model_copy(update={"path": find_data(workload.kind, self.data)})
-        quality = tuple(
-            one if one.path else one.model_copy(update={"path": find_data(getattr(one, "text", one.kind), self.data)})
-            for one in self.quality
-        )
-        return self.model_copy(update={"workload": workload, "quality": quality})
+        quality = tuple(one.located(self.data) for one in self.quality)
+        return self.model_copy(update={"workload": self.workload.located(self.data), "quality": quality})
 
     def without_data(self) -> tuple[Experiment, list[str]]:
         """The same where no data set may be fetched, and what that changed: shipped prompts stand in for what has no path."""
-        located, remarks, quality = self.located(), [], []
-        workload = located.workload
+        found, remarks, quality = self.located(), [], []
+        workload = found.workload
         if workload.path is None and workload.kind not in ("demo", "synthetic"):
             remarks.append(f"workload: the shipped prompts instead of {workload.kind}")
             kept = {"limit", "max_prompt_tokens", "concurrency", "rate"}
             workload = WorkloadConfig(**workload.model_dump(include=kept))
-        for one in located.quality:
+        for one in found.quality:
             if one.path is not None:
                 quality.append(one)
             elif isinstance(one, PerplexityConfig):
@@ -147,7 +141,7 @@ class Experiment(Variant):
                 quality.append(one.model_copy(update={"text": "demo"}))
             else:
                 remarks.append(f"{one.kind}: left out, its data set is not here")
-        return located.model_copy(update={"workload": workload, "quality": tuple(quality)}), remarks
+        return found.model_copy(update={"workload": workload, "quality": tuple(quality)}), remarks
 
     def baseline_name(self) -> str:
         """The named baseline, else `plain`, else the first variant."""

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field
 
-from forerun.config.data import WorkloadConfig, find_data
+from forerun.config.data import WorkloadConfig
 from forerun.config.part import Part
 
 
@@ -26,10 +26,9 @@ class Recipe(Part):
         """The same with the path of the calibration texts, where they are a named data set that the folder `data` holds."""
         calibration = getattr(self, "calibration", None)
         workload = calibration.workload if isinstance(calibration, CalibrationConfig) else None
-        if calibration is None or workload is None or workload.path is not None:
+        if calibration is None or workload is None:
             return self
-        found = workload.model_copy(update={"path": find_data(workload.kind, data)})
-        return self.model_copy(update={"calibration": calibration.model_copy(update={"workload": found})})
+        return self.model_copy(update={"calibration": calibration.model_copy(update={"workload": workload.located(data)})})
 
 
 class BnbConfig(Recipe):

@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from forerun.packed.codes import Codes
 from forerun.packed.opaque import refuse_gradient
+from forerun.packed.prepacked import frozen
 
 GROUPS = (256, 128, 64, 32)  # inputs of a group that the kernel takes
 MULTIPLE = 64  # of outputs; in a smaller last block the kernel lays codes out in another way
@@ -165,7 +166,7 @@ class Int4Linear(nn.Module):
         both_GN2 = both_GN2.repeat_interleave(repeats, 0)[:groups].contiguous()
         self.register_buffer("scales", both_GN2, persistent=False)
         self.register_buffer("order", runs.order_K, persistent=False)
-        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.bias = None if bias is None else frozen(bias.detach())
 
     @property
     def weight(self) -> Tensor:
