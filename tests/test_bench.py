@@ -6,6 +6,7 @@ import json
 import os
 import random
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -228,6 +229,15 @@ def test_a_failing_baseline_ends_the_run(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "b" / "summary.json").read_text())["status"] == "failed"
 
 
+@pytest.fixture
+def _heard() -> Iterator[None]:
+    """A shell starts what runs in the background with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_heard")
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_keeps_what_was_measured(tmp_path: Path, how: signal.Signals) -> None:
     fakes = Fakes()
