@@ -274,6 +274,26 @@ def test_a_folder_that_holds_a_run_is_refused(tell: Tell, fakes: Fakes, tmp_path
     assert "is a file" in tell("bench", *SYNTHETIC, "--out", str(file))[2]
 
 
+@pytest.mark.usefixtures("fakes")
+def test_a_place_that_cannot_be_written_is_one_line(tell: Tell, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    status, _, err = tell("bench", *SYNTHETIC, "--out", str(tmp_path / "file" / "run"))
+    assert (status, err.splitlines()[-1]) == (2, f"forerun: {tmp_path}/file/run: Not a directory")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["floor=race>=0.5", "quality=[race-high]"], "floor race>=0.5: race is not measured; quality has race-high"),
+        (["floor=perplexity<=9"], "floor perplexity<=9: perplexity is not measured; quality has nothing"),
+        (["--data", "/nowhere"], "data=/nowhere: no such folder"),
+    ],
+)
+def test_what_bench_refuses_before_it_begins(tell: Tell, fakes: Fakes, tmp_path: Path, words: list[str], message: str) -> None:
+    status, _, err = tell("bench", *SYNTHETIC, *words, "--out", str(tmp_path / "run"))
+    assert (status, err) == (2, f"forerun: {message}\n") and not (tmp_path / "run").exists()
+
+
 def test_bench_as_json(tell: Tell, fakes: Fakes, tmp_path: Path) -> None:
     status, out, _ = tell("bench", *SYNTHETIC, "--no-memory", "--out", str(tmp_path), "--json")
     assert status == 0

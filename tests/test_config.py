@@ -98,6 +98,19 @@ def test_axes_make_a_grid_without_the_excluded_points() -> None:
     assert list(load(None, ["drafter.kind=ngram", "axes.drafter.k=[3,5]"]).expand()) == ["drafter.k=3", "drafter.k=5"]
 
 
+def test_excludes_name_variants_and_settings() -> None:
+    words = ["variants.a.drafter.kind=ngram", "variants.b.drafter.kind=model", "axes.drafter.k=[1,2]"]
+    found = load(None, [*words, "excludes=[{variant: b, drafter.k: 2}, {drafter.kind: ngram, drafter.k: 1}]"]).expand()
+    assert list(found) == ["a,drafter.k=2", "b,drafter.k=1"]
+
+
+def test_a_measure_named_shortly_takes_settings(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("quality: [race-high]")
+    [measure] = load(str(path), ["quality.0.limit=5"]).quality
+    assert (measure.kind, measure.limit) == ("race-high", 5)
+
+
 def test_named_variants_cross_the_axes() -> None:
     found = load(None, ["variants.a.drafter.kind=ngram", "variants.b.drafter.kind=model", "axes.drafter.k=[1,2]"])
     assert list(found.expand()) == ["a,drafter.k=1", "a,drafter.k=2", "b,drafter.k=1", "b,drafter.k=2"]
@@ -129,6 +142,10 @@ def test_the_baseline() -> None:
         (["temperature"], "'temperature': an override has the form a.b=c"),
         (["drafter.k=[1"], "overrides: while parsing"),
         (["variants.a.drafter.k=1"], "variant 'a': unknown key 'drafter.k' where drafter.kind is 'none'"),
+        (["axes.drafter.k=[]"], "axes: the axis drafter.k has no values"),
+        (["axes.engine.rows=[1,2]", "excludes=[{engine.row: 1}]"], "setting 'engine.row'; did you mean 'engine.rows'?"),
+        (["axes.engine.rows=[1]", "excludes=[{engine.rows: 1}]"], "excludes: they leave no variant to measure"),
+        (["quality=[{limit: 3}]"], "quality.0: says no `kind` (got {'limit': 3})"),
         (["axes.engine.row=[1]"], "variant 'engine.row=1': unknown key 'engine.row'; did you mean 'engine.rows'?"),
     ],
 )  # fmt: skip

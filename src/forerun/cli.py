@@ -268,6 +268,8 @@ def run(arguments: Sequence[str], application: Callable[..., Any] = app) -> int:
     except KeyboardInterrupt:
         return 130
     except Exception as error:
+        if isinstance(error, OSError) and error.strerror:  # a folder that is a file, no permission, no space
+            return complain(f"{error.filename}: {error.strerror}" if error.filename else error.strerror)
         # Mistakes on the command line; the library's own class for them has changed its place between versions.
         if (describe := getattr(error, "format_message", None)) is None:
             raise

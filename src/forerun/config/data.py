@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field
 
 from forerun.config.part import Part
+from forerun.types import UserError
 
 WorkloadKind = Literal[
     "demo", "synthetic", "text", "jsonl", "hub",
@@ -116,5 +117,9 @@ def named(measures: Any) -> Any:
 
 def find_data(kind: str, folder: str | None) -> str | None:
     """The path of a named data set below a folder of data sets: `race` for race-high, `mt_bench` for mt-bench, `c4_sample`."""
+    if folder is None:
+        return None
+    if not Path(folder).is_dir():
+        raise UserError(f"data={folder}: no such folder")
     names = (kind, kind.replace("-", "_"), kind.split("-", maxsplit=1)[0], f"{kind}_sample")
-    return next((str(Path(folder, name)) for name in names if Path(folder, name).exists()), None) if folder else None
+    return next((str(Path(folder, name)) for name in names if Path(folder, name).exists()), None)

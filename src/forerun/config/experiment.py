@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import itertools
 from pathlib import Path
 from typing import Any, Literal
@@ -89,7 +90,10 @@ class Experiment(Variant):
     @classmethod
     def flat(cls, axes: Any) -> Any:
         """An axis may be written nested (as the override `axes.drafter.k=[3,5]` arrives) or under its dotted name."""
-        return flatten_keys(axes) if isinstance(axes, dict) else axes
+        flat = flatten_keys(axes) if isinstance(axes, dict) else axes
+        if isinstance(flat, dict) and (empty := [key for key, values in flat.items() if values == []]):
+            raise ValueError(f"the axis {empty[0]} has no values; give at least one, or leave it out")
+        return flat
 
     @field_validator("excludes", mode="before")
     @classmethod
@@ -99,26 +103,41 @@ class Experiment(Variant):
         return tuple(flatten_keys(cut) if isinstance(cut, dict) else cut for cut in excludes)
 
     def expand(self) -> dict[str, Variant]:
-        """The variants by name: the named ones crossed with the axes, without the excluded points."""
+        """The variants by name: the named ones crossed with the axes, without the excluded points.
+
+        An exclude names axes, settings of the variant (`engine.rows`) or its name (`variant`), and cuts where all agree.
+        """
         base = self.model_dump(include=set(Variant.model_fields))
-        named = self.variants or {"base": {}}
         found: dict[str, Variant] = {}
-        for name, overrides in named.items():
+        known: set[str] = set()
+        for name, overrides in (self.variants or {"base": {}}).items():
             for values in itertools.product(*self.axes.values()):
                 point = dict(zip(self.axes, values, strict=True))
-                if any(all(point.get(key) == value for key, value in cut.items()) for cut in self.excludes):
+                told = {"variant": name} | point
+                known |= told.keys()
+                if self.cuts(told):  # before it is parsed: what cannot be is a reason to exclude it
                     continue
                 if kind_of_drafter(base, overrides) == "none" and "drafter.kind" not in point:
                     # Plain decoding is one variant, whatever the drafters beside it vary.
                     point = {key: value for key, value in point.items() if not key.startswith("drafter.")}
                 label = ",".join(f"{key}={value}" for key, value in point.items())
                 full = label if not self.variants and label else name + ("," + label if label else "")
-                found[full] = with_calibration(
-                    parse(Variant, merge(merge(base, overrides), nest(point)), f"variant {full!r}"), self.data
-                )
+                variant = parse(Variant, merge(merge(base, overrides), nest(point)), f"variant {full!r}")
+                settings = flatten_keys(variant.model_dump(mode="json"))
+                known |= settings.keys()
+                if not self.cuts(settings | told):
+                    found[full] = with_calibration(variant, self.data)
+        if not found:
+            raise UserError("excludes: they leave no variant to measure")
+        if strange := [key for cut in self.excludes for key in cut if key not in known]:
+            [near] = difflib.get_close_matches(strange[0], known, n=1, cutoff=0.0)
+            raise UserError(f"excludes: no variant has a setting {strange[0]!r}; did you mean {near!r}?")
         if self.baseline is not None and self.baseline not in found:
             raise UserError(f"baseline: no variant is called {self.baseline!r}; there are {', '.join(found)}")
         return found
+
+    def cuts(self, told: dict[str, Any]) -> bool:
+        return any(all(key in told and told[key] == value for key, value in cut.items()) for cut in self.excludes)
 
     def located(self) -> Experiment:
         """The same with the paths of the named data sets that the folder `data` holds."""

@@ -7,7 +7,7 @@ from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from forerun.config.data import QualityConfig
+from forerun.config.data import QualityConfig, named
 from forerun.config.part import Part
 from forerun.config.parts import METHODS, DrafterConfig, RuleConfig
 from forerun.config.recipes import RecipeConfig
@@ -24,7 +24,7 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     for key, value in over.items():
         old = joined.get(key, [] if key in LISTS else None)
         if isinstance(old, list | tuple) and isinstance(value, dict) and all(str(index).isdigit() for index in value):
-            joined[key] = merge_list(list(old), value)
+            joined[key] = merge_list(list(named(old) if key == "quality" else old), value)
         else:
             joined[key] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
     return joined
@@ -87,6 +87,10 @@ def explain(kind: type[BaseModel], error: ValidationError) -> str:
         return f"unknown key {'.'.join(place)!r}{of}; did you mean {right!r}?"
     if first["type"] == "union_tag_invalid":
         return f"{'.'.join(place)}.kind: {first['ctx']['tag']!r} is none of {first['ctx']['expected_tags']}"
+    if first["type"] == "union_tag_not_found":
+        return f"{'.'.join(place)}: says no `kind` (got {first['input']!r})"
+    if first["type"] == "value_error":
+        return f"{'.'.join(place)}: {first['ctx']['error']}".removeprefix(": ")
     return f"{'.'.join(place)}: {first['msg']} (got {first['input']!r})"
 
 

@@ -22,6 +22,8 @@ from forerun.verbs.common import hush_libraries, known_method
 NEEDS = {"model": "--draft, a smaller model of the same family"} | dict.fromkeys(
     ("medusa", "eagle"), "a head for it: drafter.path=FOLDER in a config, from forerun train or a public one"
 )
+METRICS = ("bits_per_byte", "acc", "acc_norm", "exact_match")
+"""A floor may name these instead of a measure, as `pass@k` and what tasks of lm-eval tell."""
 RUN_FILES = ("config.yaml", "environment.json", "summary.json", "summary.csv", "requests.csv", "report.md", "report.html")
 
 
@@ -53,8 +55,8 @@ def run(
         for remark in remarks:
             console.print(remark, markup=False, highlight=False)
     experiment.expand()  # a mistake in a variant shows before anything is loaded
-    if experiment.floor is not None:
-        parse_floor(experiment.floor)
+    experiment.located()
+    check_floor(experiment)
     if resume and (out is None or overwrite):
         raise UserError("--resume goes on with the run that --out holds: name that folder, and leave out --overwrite")
     folder = Path(out or time.strftime("runs/bench-%Y%m%d-%H%M%S"))
@@ -68,6 +70,18 @@ def run(
     if summary["status"] == "interrupted":
         return 130
     return int(any(failures(figures) for figures in summary["variants"].values()))
+
+
+def check_floor(experiment: Experiment) -> None:
+    """UserError where the floor is on a measure that the experiment does not take."""
+    if experiment.floor is None:
+        return
+    measure = parse_floor(experiment.floor).measure
+    taken = [name for one in experiment.quality for name in getattr(one, "tasks", (one.kind,))]
+    a_metric = measure in METRICS or measure.startswith("pass@") or any(hasattr(one, "tasks") for one in experiment.quality)
+    if not taken or not (a_metric or measure.startswith(tuple(taken))):
+        known = ", ".join(taken) or "nothing"
+        raise UserError(f"floor {experiment.floor}: {measure} is not measured; quality has {known}")
 
 
 def tell(summary: dict[str, Any], experiment: Experiment, folder: Path) -> None:
