@@ -235,6 +235,7 @@ def test_bench_compares_what_ships(tell: Tell, fakes: Fakes, tmp_path: Path) -> 
         (["--method", "eagle"], ["plain", "eagle"]),
         (["--model", "x"], ["plain", "ngram"]),  # no draft is known to fit it
         (["model.path=x"], ["plain", "ngram"]),
+        (["backend=endpoint"], ["server"]),
         (["--model", "x", "--draft", "y"], ["plain", "ngram", "model"]),
     ],
 )
@@ -287,6 +288,7 @@ def test_a_place_that_cannot_be_written_is_one_line(tell: Tell, tmp_path: Path) 
         (["floor=race>=0.5", "quality=[race-high]"], "floor race>=0.5: race is not measured; quality has race-high"),
         (["floor=perplexity<=9"], "floor perplexity<=9: perplexity is not measured; quality has nothing"),
         (["--data", "/nowhere"], "data=/nowhere: no such folder"),
+        (["quality=[{kind: choice, path: /nowhere}]"], "/nowhere: no such file or folder; give its path=FILE"),
     ],
 )
 def test_what_bench_refuses_before_it_begins(tell: Tell, fakes: Fakes, tmp_path: Path, words: list[str], message: str) -> None:

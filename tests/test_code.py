@@ -16,7 +16,7 @@ from fakes import Letters
 from forerun.config import CodeConfig
 from forerun.evaluate.code import code, humaneval_program, mbpp_program
 from forerun.evaluate.quality import Quality
-from forerun.evaluate.sandbox import Limits, Sandbox, SandboxError
+from forerun.evaluate.sandbox import Limits, Outcome, Sandbox, SandboxError
 from forerun.evaluate.statistics import wilson
 from forerun.types import Delta, Request, Sampling, UserError
 from forerun.workload import rows
@@ -183,18 +183,27 @@ def test_completions_outlive_a_broken_sandbox(tmp_path: Path, monkeypatch: pytes
     assert not (tmp_path / "humaneval-results.jsonl").exists()
 
 
-@pytest.mark.parametrize(
-    ("config", "said"),
-    [
-        ({"k": (1, 5), "samples": 4, "temperature": 0.8}, "pass@5 needs at least samples=5, not 4"),
-        ({"samples": 4}, "temperature=0 are all the same"),
-        ({"path": "/nowhere"}, "nowhere"),
-    ],
-)
-def test_mistakes_are_told_before_anything_is_asked(config: dict[str, Any], said: str, tmp_path: Path) -> None:
+def test_programs_that_spoil_a_verdict_or_cannot_be_run_fail_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spoil = "    import os\n    for one in range(3, 20):\n        try: os.write(one, b'hello')\n        except OSError: pass\n"
+    run, unlucky = Sandbox.run, problems()["HumanEval/2"]["entry_point"]
+
+    def broken(self: Sandbox, program: str) -> Outcome:
+        if f"check({unlucky})" in program:
+            raise SandboxError("no more processes")
+        return run(self, program)
+
+    monkeypatch.setattr(Sandbox, "run", broken)
+    (found,) = measure(Writer(lambda task, index: spoil if task == "HumanEval/1" else solve(task, index)), tmp_path, limit=4)
+    assert found.items == (True, False, False, True)
+    told = [one["result"] for one in lines(tmp_path / "humaneval-results.jsonl")]
+    assert told[2] == "failed: the sandbox did not come about: no more processes"
+    assert found.details["untried"] == {"programs": 1, "first": told[2]}
+
+
+def test_mistakes_are_told_before_anything_is_asked(tmp_path: Path) -> None:
     writer = Writer(solve)
-    with pytest.raises(UserError, match=said):
-        measure(writer, tmp_path, **config)
+    with pytest.raises(UserError, match="nowhere"):
+        measure(writer, tmp_path, path="/nowhere")
     assert (writer.requests, list(tmp_path.iterdir())) == ([], [])
 
 

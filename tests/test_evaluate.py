@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +14,12 @@ from fakes import Fake
 from forerun.config import ChoiceConfig, GSM8KConfig, PerplexityConfig
 from forerun.draft import Constant, NGram
 from forerun.evaluate.encoding import encode_pair
-from forerun.evaluate.generation import answer, fitting
+from forerun.evaluate.generation import answer, fitting, run
 from forerun.evaluate.mathematics import number
 from forerun.evaluate.measure import measure
 from forerun.evaluate.quality import Quality
 from forerun.evaluate.statistics import compare, mcnemar, ratio, wilson
-from forerun.types import Sampling, UserError
+from forerun.types import Delta, Request, Sampling, UserError
 from worded import TEXT, engine, items, mathematics, model, reading, silent, tokenizer
 
 # Multiple choice.
@@ -108,6 +109,9 @@ def test_the_other_forms_of_a_question(tmp_path: Path) -> None:
         ('{"query": "a", "choices": ["b", "c"], "gold": 2}', "index of the right one, not 2"),
         ('{"query": "a", "choices": ["b", 3], "gold": 0}', "list of texts"),
         ('{"query": "a", "choices": ["b"], "gold": 0}\n{"context": "a", "continuation": "b"}', "two files"),
+        ('{"context": "abc", "continuation": ""}', "'1' needs texts to continue and texts to continue with"),
+        ('{"context": 3, "continuation": "b"}', "line 1: question '1' needs texts to continue"),
+        ('{"query": ["a"], "choices": ["b", "c"], "gold": 0}', "line 1: question '1' needs texts to continue"),
         ("", "no question in"),
     ],
 )
@@ -208,6 +212,22 @@ def test_an_interrupt_leaves_nothing_in_flight() -> None:
         answer("sums", backend, [(f"the mill {i}", Sampling(max_new=20)) for i in range(5)], stop)
     again, _ = answer("sums", backend, [("the mill 0", Sampling(max_new=20))], silent)
     assert again == answer("sums", engine(model()), [("the mill 0", Sampling(max_new=20))], silent)[0]
+
+
+def test_answers_that_a_backend_gives_up_are_no_figure() -> None:
+    """A server that went away: half an answer is neither right nor wrong."""
+    backend = Fake()
+    own, lost = backend.step, [False]
+
+    def step() -> list[Delta]:
+        return [replace(one, finish="cancelled") if one.finish and lost[0] else one for one in own()]
+
+    backend.step = step  # type: ignore[method-assign]
+    requests = [Request("a", (1,), Sampling(max_new=3)), Request("b", (2,), Sampling(max_new=3))]
+    assert len(run("sums", backend, requests, silent)) == 2
+    lost[0] = True
+    with pytest.raises(UserError, match="sums: 2 of 2 answers were lost"):
+        run("sums", backend, requests, silent)
 
 
 # Statistics.

@@ -9,7 +9,7 @@ import torch
 
 from forerun.config import HarnessConfig
 from forerun.draft import Constant, NGram
-from forerun.evaluate.measure import measure
+from forerun.evaluate.measure import check, measure
 from forerun.types import Sampling, UserError
 from worded import engine, model, silent, tokenizer
 
@@ -187,6 +187,15 @@ def test_what_is_not_there_is_named(tasks: Path, tmp_path: Path) -> None:
         patch.setattr(harness, "TaskManager", lambda **_: known)  # reading all of lm_eval's own takes ten seconds
         with pytest.raises(UserError, match=r"'river'; did you mean 'rivers'\?"):
             measure(HarnessConfig(path=str(tasks), tasks=("river",)), engine(network()), Sampling(), tmp_path, silent)
+
+
+def test_data_that_are_missing_show_before_anything_is_built(tasks: Path, tmp_path: Path) -> None:
+    check(HarnessConfig(path=str(tasks), tasks=("rivers",)))
+    text = (tasks / "rivers.yaml").read_text().replace(str(tasks), str(tmp_path / "none"))
+    (tmp_path / "lost.yaml").write_text(text.replace("task: rivers", "task: lost"))
+    with pytest.raises(UserError, match=r"lm-eval: lost cannot be loaded: .*none") as caught:
+        check(HarnessConfig(path=str(tmp_path), tasks=("lost",)))
+    assert "\n" not in str(caught.value)
 
 
 def test_intervals_are_told_where_the_aggregation_is_known() -> None:

@@ -104,7 +104,6 @@ def test_a_limit_counts_tokens_and_reads_no_more_text_than_it_takes(tmp_path: Pa
 @pytest.mark.parametrize(
     ("settings", "limit", "says"),
     [
-        ({"stride": 100, "max_length": 60}, None, "stride=30"),
         ({"stride": 100}, 80, "stride=40"),
         ({"limit": 1}, None, "too few"),
     ],

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from forerun.evaluate.sandbox import JAIL, PROTECTIONS, Limits, Mode, Outcome, Sandbox, SandboxError
+from forerun.evaluate.sandbox import JAIL, PROTECTIONS, UNTRIED, Limits, Mode, Outcome, Sandbox, SandboxError
 from forerun.types import UserError
+from forged import FORGERY
 
 LIMITS = Limits(timeout_s=20.0, memory_mb=256, disk_mb=4, processes=8)  # patient: a busy machine must not decide
 PROC = Path("/proc")
@@ -161,6 +162,13 @@ def test_files_are_limited_in_size_and_number(sandbox: Sandbox) -> None:
         "import shutil\nshutil.rmtree('{there}')",
         "import os\nos.rename('file', 'other', src_dir_fd=os.open('{there}', 0))",
         "import os\nassert os.system('echo x > {there}/new') == 0",
+        "import os\nos.open('new', os.O_WRONLY | os.O_CREAT, dir_fd=os.open('{there}', 0))",
+        "import os\nos.mkfifo('{there}/new')",
+        "import posix\nposix.mkfifo('{there}/new')",
+        "import os\nos.mknod('{there}/new')",
+        "import sqlite3\nsqlite3.connect('{there}/new').execute('create table a (b)')",
+        "import sqlite3\nsqlite3.connect('file:{there}/new', uri=True).execute('create table a (b)')",
+        "import sqlite3\nsqlite3.connect(':memory:').executescript('attach \"{there}/new\" as c; create table c.a (b)')",
     ],
 )
 def test_nothing_is_written_outside(sandbox: Sandbox, attempt: str, tmp_path: Path) -> None:
@@ -173,6 +181,14 @@ def test_nothing_is_written_outside(sandbox: Sandbox, attempt: str, tmp_path: Pa
     assert [path.name for path in there.iterdir()] == ["file"]
     assert (there / "file").read_text(encoding="utf-8") == "kept"
     assert (there / "file").stat().st_mode & 0o777 == 0o666
+
+
+def test_no_shared_memory_is_left(sandbox: Sandbox) -> None:
+    name = f"forerun-test-{os.getpid()}"
+    program = f"from multiprocessing.shared_memory import SharedMemory\nSharedMemory({name!r}, create=True, size=9)"
+    outcome = sandbox.run(program + "\nimport os\nos.kill(os.getpid(), 9)")  # before anyone unlinks it
+    assert failed(outcome), outcome
+    assert not Path("/dev/shm", name).exists()
 
 
 def test_each_program_has_an_empty_folder_to_work_in(sandbox: Sandbox) -> None:
@@ -203,6 +219,36 @@ def test_nothing_goes_over_the_network(sandbox: Sandbox, kind: str) -> None:
         assert failed(sandbox.run(program))
         with pytest.raises(TimeoutError):
             heard(0.05)
+
+
+def test_services_of_the_file_system_are_not_reached(sandbox: Sandbox, tmp_path: Path) -> None:
+    """As those of Docker and D-Bus, whose sockets are files."""
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "service"))
+        (tmp_path / "service").chmod(0o777)
+        server.listen()
+        server.settimeout(0.05)
+        program = f"import socket\none = socket.socket(socket.AF_UNIX)\none.connect({str(tmp_path / 'service')!r})"
+        subprocess.run([sys.executable, "-c", program], check=True)  # outside it works
+        server.accept()[0].close()
+        assert failed(sandbox.run(program))
+        with pytest.raises(TimeoutError):
+            server.accept()
+    assert sandbox.run("import socket\none, other = socket.socketpair()\none.send(b'x')\nassert other.recv(1) == b'x'").passed
+
+
+def test_the_kernel_refuses_other_sockets(sandbox: Sandbox) -> None:
+    if sandbox.mode == "guard":
+        pytest.skip("the interpreter alone refuses connecting only")
+    assert failed(sandbox.run("import socket\nsocket.socket(socket.AF_NETLINK, socket.SOCK_RAW)"))
+    if sandbox.mode == "landlock":
+        assert failed(sandbox.run("import socket\nsocket.socket(socket.AF_INET, socket.SOCK_DGRAM)"))
+
+
+def test_no_program_makes_itself_root_of_a_namespace(sandbox: Sandbox) -> None:
+    assert failed(sandbox.run("import ctypes\nassert ctypes.CDLL(None).unshare(0x10000000) == 0"))
+    clone = "ctypes.CDLL(None).syscall({'x86_64': 56, 'aarch64': 220}[os.uname().machine], 0x10000000 | 17, 0, 0, 0, 0)"
+    assert failed(sandbox.run(f"import ctypes, os\nif (child := {clone}) == 0: os._exit(0)\nassert child > 0"))
 
 
 def test_other_processes_live_on(sandbox: Sandbox) -> None:
@@ -261,6 +307,20 @@ def test_a_copy_of_the_program_has_no_say(sandbox: Sandbox) -> None:
     assert failed(sandbox.run("import os\nif os.fork() != 0:\n os.wait()\n raise ValueError"))
 
 
+def test_a_program_that_spoils_its_verdict_fails_alone(sandbox: Sandbox) -> None:
+    program = "import os\nfor one in range(3, 20):\n try: os.write(one, b'hello')\n except OSError: pass"
+    assert [one.reason for one in sandbox.run_all([program, "pass"], 1)] == ["failed: spoiled its verdict", "passed"]
+    assert failed(sandbox.run("import os\nos.closerange(3, 64)"))
+
+
+@pytest.mark.parametrize(
+    "program", ["forge()", "class E(Exception):\n def __str__(self): forge()\nraise E", "import os\nif os.fork(): forge()"]
+)
+def test_no_program_awards_itself_a_pass(sandbox: Sandbox, program: str) -> None:
+    """By what stands in the frames that called it, and by what can be read from or written to open files."""
+    assert failed(sandbox.run(FORGERY + program))
+
+
 def test_nothing_is_inherited(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FORERUN_SECRET", "x")
     program = (
@@ -298,6 +358,20 @@ def test_a_launcher_that_breaks_is_no_verdict(sandbox: Sandbox, monkeypatch: pyt
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(SandboxError, match="status 1"):
         sandbox.run("pass")
+
+
+def test_a_program_that_cannot_be_run_is_one_outcome(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Sandbox.run
+
+    def broken(self: Sandbox, program: str) -> Outcome:
+        if program == "break":
+            monkeypatch.setattr(tempfile, "tempdir", "/nowhere")
+        return run(self, program)
+
+    monkeypatch.setattr(Sandbox, "run", broken)
+    first, second = sandbox.run_all(["pass", "break"], 1)
+    assert first.passed
+    assert second.reason.startswith(UNTRIED) and "/nowhere" in second.reason
 
 
 def test_landlock_holds_without_the_guard(tmp_path: Path) -> None:

@@ -219,6 +219,13 @@ def test_texts_of_ones_own(tmp_path: Path) -> None:
     assert [(one.id, one.text) for one in prompts(kind="text", path=str(tmp_path / "c"))] == [
         ("line-1", "first"), ("line-2", "second"),
     ]  # fmt: skip
+    for name in ("SOURCE.txt", "README.txt", "LICENSE-CODE.txt", "licence.txt"):
+        write(tmp_path / "c" / name, "about the others\n")
+    assert texts(kind="text", path=str(tmp_path / "c")) == ["first", "second\n"], "not what tells of them"
+    write(tmp_path / "packed" / "SOURCE.txt", "about the other\n")
+    write(tmp_path / "packed" / "a.txt.gz", "third\n")
+    assert [one.text for one in prompts(kind="text", path=str(tmp_path / "packed"))] == ["third"]
+    assert texts(kind="text", path=str(tmp_path / "c" / "SOURCE.txt")) == ["about the others\n"], "named outright"
     assert texts(kind="jsonl", path=write(tmp_path / "a.jsonl", {"body": "x"}), field="body") == ["x"]
     assert texts(kind="jsonl", path=write(tmp_path / "t.jsonl", {"text": "x"})) == ["x"]
     assert len(texts(kind="demo")) == 48
@@ -253,7 +260,7 @@ def test_sources_tell_licence_count_and_what_differs(tmp_path: Path, hub: Any) -
     told = workload.source(WorkloadConfig(kind="race-high", path=path))
     assert (told.name, told.origin, told.split, told.rows) == ("RACE, high school", path, "test", 2)
     assert "non-commercial research only" in str(told.licence)
-    assert told.remarks == ("2 rows; as published there are 3498",)
+    assert told.remarks == ("2 rows found, and RACE, high school has 3498 as published: is it that?",)
     hub["HuggingFaceFW/x", None, "test", True] = []
     hub["openai/gsm8k", "main", "test", False] = [SUM] * 1319
     told = workload.source(WorkloadConfig(kind="gsm8k"))
@@ -290,8 +297,8 @@ def test_mistakes_in_a_record_name_the_place(kind: str, content: list[Any], mess
 def test_what_cannot_be_had_says_what_to_do(tmp_path: Path, hub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     for config, message in (
         ({"kind": "gsm8k", "split": "tst"}, r"GSM8K: no split 'tst'; did you mean 'test'\? \(there are 'test', 'train'\)"),
-        ({"kind": "gsm8k"}, "'openai/gsm8k' cannot be read: Couldn't reach.*; give workload.path=FILE or data=FOLDER"),
-        ({"kind": "gsm8k", "path": str(tmp_path / "no")}, "no: no such file or folder; give workload.path=FILE"),
+        ({"kind": "gsm8k"}, "'openai/gsm8k' cannot be read: Couldn't reach.*; give its path=FILE or data=FOLDER"),
+        ({"kind": "gsm8k", "path": str(tmp_path / "no")}, "no: no such file or folder; give its path=FILE"),
         ({"kind": "spec-bench"}, "needs workload.path, for it is not on the Hub: fetch .*hemingkx/Spec-Bench"),
         ({"kind": "hub"}, "hub needs workload.path, the id of a data set"),
         ({"kind": "hub", "path": "me/set"}, "'me/set' cannot be read: Couldn't reach"),

@@ -125,6 +125,7 @@ def bench(
 def evaluate(
     words: Annotated[list[str] | None, typer.Argument(metavar="[CONFIG] tasks=A,B [a.b=c ...]", help=EVAL_WORDS)] = None,
     out: Annotated[str | None, typer.Option(help="Folder for the results. Default: runs/eval-<time>.")] = None,
+    data: Data = None,
     overwrite: Overwrite = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -132,7 +133,7 @@ def evaluate(
     """What the text is worth: perplexity, programs, multiple choice, mathematics, tasks of lm-evaluation-harness."""
     from forerun.verbs.evaluate import run
 
-    finish(run(words or [], out, overwrite=overwrite, as_json=json, quiet=quiet))
+    finish(run(words or [], out, data=data, overwrite=overwrite, as_json=json, quiet=quiet))
 
 
 @app.command(epilog="Example: forerun compress model.path=FOLDER recipes.0.kind=gptq recipes.0.bits=4 --out FOLDER-4bit")

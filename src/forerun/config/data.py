@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from forerun.config.part import Part
 from forerun.types import UserError
@@ -65,19 +65,33 @@ class PerplexityConfig(Measure):
     batch: int = Field(default=4, ge=1)  # windows a forward pass
     limit: int | None = Field(default=None, ge=1)  # tokens, from the start
 
+    @model_validator(mode="after")
+    def without_gaps(self) -> Self:
+        if self.stride > self.max_length:
+            raise ValueError(f"stride={self.stride} leaves gaps between windows of max_length={self.max_length}; lower stride")
+        return self
+
 
 class CodeConfig(Measure):
     """pass@k of programs that are run against their tests, in a sandbox."""
 
     kind: Literal["humaneval", "mbpp"]
     samples: int = Field(default=1, ge=1)  # completions a task
-    k: tuple[int, ...] = (1,)
+    k: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(1,), min_length=1)
     temperature: float = Field(default=0.0, ge=0.0)
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
     max_new: int = Field(default=512, ge=1)
     timeout_s: float = Field(default=3.0, gt=0.0)  # a program
     memory_mb: int = Field(default=512, ge=32)  # a program
     workers: int = Field(default=2, ge=1)  # programs at a time
+
+    @model_validator(mode="after")
+    def enough_samples(self) -> Self:
+        if self.samples < max(self.k):
+            raise ValueError(f"k={max(self.k)} needs samples={max(self.k)} or more, not {self.samples}")
+        if self.samples > 1 and self.temperature == 0:
+            raise ValueError(f"samples={self.samples} at temperature=0 are all the same; give a temperature")
+        return self
 
 
 class ChoiceConfig(Measure):

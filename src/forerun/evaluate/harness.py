@@ -9,6 +9,7 @@ import difflib
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -106,20 +107,38 @@ def harness(config: HarnessConfig, backend: Backend, sampling: Sampling, folder:
     """
     manager, names = found(config)
     adapter = Adapter(backend, sampling, tell)
-    logger = logging.getLogger("lm_eval")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
+    with hushed():
         results = simple_evaluate(
             adapter, tasks=names, num_fewshot=config.shots, limit=config.limit, task_manager=manager, bootstrap_iters=0,
             random_seed=None, numpy_random_seed=None, torch_random_seed=None,  # the process's own streams stay as they are
         )  # fmt: skip
-    finally:
-        logger.setLevel(before)
     assert results is not None, "only the first of several processes is told"
     for task, samples in results["samples"].items():
         write_items(folder, task, map(item, samples))
     return [figure for task in results["results"] for figure in figures(task, results, adapter.clipped_prompts)]
+
+
+@contextmanager
+def hushed() -> Iterator[None]:
+    """Of lm_eval's remarks only errors."""
+    logger = logging.getLogger("lm_eval")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+def check(config: HarnessConfig) -> None:
+    """UserError where a task is not known, or cannot be loaded with its data."""
+    manager, names = found(config)
+    try:
+        with hushed():
+            manager.load(names)
+    except Exception as error:  # whatever a task's own code, its file or the Hub raises
+        said = (str(error).strip().splitlines() or [""])[0]
+        raise UserError(f"lm-eval: {', '.join(config.tasks)} cannot be loaded: {type(error).__name__}: {said}") from error
 
 
 def figures(task: str, results: Mapping[str, Any], clipped: int) -> Iterator[Quality]:

@@ -26,12 +26,7 @@ def gsm8k(config: GSM8KConfig, backend: Backend, sampling: Sampling, folder: Pat
     own sampling writes up to `max_new` tokens or to the next `Question:`. Numbers are compared without commas, dollar
     signs and a final point. Questions: Cobbe et al. 2021 (arXiv:2110.14168).
     """
-    examples = list(islice(rows(NAME, config.path, "train"), config.shots)) if config.shots else []
-    if len(examples) < config.shots:
-        raise UserError(f"{NAME}: shots={config.shots}, and the training split has {len(examples)} examples; lower shots")
-    questions = list(islice(rows(NAME, config.path), config.limit))
-    if not questions:
-        raise UserError(f"{NAME}: no question in {config.path}")
+    examples, questions = material(config)
     shown = "".join(f"{ask(one)} {one.data['answer']}\n\n" for one in examples)
     own = replace(sampling, max_new=config.max_new, stop=(STOP,), stop_ids=(), ignore_eos=False)
     written, clipped = answer(NAME, backend, [(shown + ask(one), own) for one in questions], tell)
@@ -43,6 +38,17 @@ def gsm8k(config: GSM8KConfig, backend: Backend, sampling: Sampling, folder: Pat
     write_items(folder, NAME, items)
     details = described(NAME, config.path) | {"shots": config.shots, "max_new": config.max_new, "clipped_prompts": clipped}
     return [passes(NAME, "exact_match", passed, details)]
+
+
+def material(config: GSM8KConfig) -> tuple[list[Row], list[Row]]:
+    """The worked examples and the questions; UserError where there are too few."""
+    examples = list(islice(rows(NAME, config.path, "train"), config.shots)) if config.shots else []
+    if len(examples) < config.shots:
+        raise UserError(f"{NAME}: shots={config.shots}, and the training split has {len(examples)} examples; lower shots")
+    questions = list(islice(rows(NAME, config.path), config.limit))
+    if not questions:
+        raise UserError(f"{NAME}: no question in {config.path}")
+    return examples, questions
 
 
 def ask(one: Row) -> str:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from forerun.config import ChoiceConfig, CodeConfig, GSM8KConfig, PerplexityConfig, QualityConfig
-from forerun.evaluate.choice import choice
-from forerun.evaluate.mathematics import gsm8k
-from forerun.evaluate.perplexity import perplexity
+from forerun.evaluate import choice as choices
+from forerun.evaluate import mathematics
+from forerun.evaluate import perplexity as windowed
 from forerun.evaluate.quality import Quality, Tell
 from forerun.types import Backend, Sampling
 
@@ -20,11 +20,11 @@ def measure(config: QualityConfig, backend: Backend, sampling: Sampling, folder:
     backend has no scorer, and for a package that is not installed.
     """
     if isinstance(config, PerplexityConfig):
-        return perplexity(config, backend, folder, tell)
+        return windowed.perplexity(config, backend, folder, tell)
     if isinstance(config, ChoiceConfig):
-        return choice(config, backend, folder, tell)
+        return choices.choice(config, backend, folder, tell)
     if isinstance(config, GSM8KConfig):
-        return gsm8k(config, backend, sampling, folder, tell)
+        return mathematics.gsm8k(config, backend, sampling, folder, tell)
     if isinstance(config, CodeConfig):
         from forerun.evaluate.code import code
 
@@ -32,3 +32,25 @@ def measure(config: QualityConfig, backend: Backend, sampling: Sampling, folder:
     from forerun.evaluate.harness import harness  # the one file that imports lm_eval
 
     return harness(config, backend, sampling, folder, tell)
+
+
+def check(config: QualityConfig) -> None:
+    """Open what a measure needs beside a backend, so that what is missing shows before any work is done.
+
+    Reads its data once more than measuring does. Raises UserError for data that are missing or of another form, a task that is
+    not known, a package that is not installed, and where no program can be run.
+    """
+    if isinstance(config, PerplexityConfig):
+        windowed.material(config)
+    elif isinstance(config, ChoiceConfig):
+        choices.material(config)
+    elif isinstance(config, GSM8KConfig):
+        mathematics.material(config)
+    elif isinstance(config, CodeConfig):
+        from forerun.evaluate import code
+
+        code.material(config)
+    else:
+        from forerun.evaluate import harness
+
+        harness.check(config)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import accumulate
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -93,13 +93,23 @@ def windows(count: int, stride: int, length: int) -> Iterator[Window]:
             return
 
 
-def running_text(config: PerplexityConfig, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The texts joined; where `limit` says how many tokens are wanted, no more of them than that takes."""
+def material(config: PerplexityConfig) -> Iterator[str]:
+    """The texts, read as far as the first that is not blank; UserError where there is none, or no end of them."""
     if config.text == "c4" and config.path is None and config.limit is None:
         raise UserError("perplexity: C4 has no end; give limit, the tokens to measure on")
+    found, begun = texts(WorkloadConfig(kind=config.text, path=config.path, field=config.field)), []
+    for text in found:
+        begun.append(text)
+        if text.strip():
+            return chain(begun, found)
+    raise UserError(f"perplexity: no text in {config.path or config.text}")
+
+
+def running_text(config: PerplexityConfig, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The texts joined; where `limit` says how many tokens are wanted, no more of them than that takes."""
     parts: list[str] = []
     size, enough = 0, 8 * (config.limit or 0)  # characters
-    for text in texts(WorkloadConfig(kind=config.text, path=config.path, field=config.field)):
+    for text in material(config):
         parts.append(text)
         size += len(text)
         if config.limit is not None and size >= enough:

@@ -25,19 +25,19 @@ GRACE_S = 30.0  # beyond a program's own timeout, until its launcher is given up
 Mode = Literal["namespaces", "landlock", "guard"]
 PROTECTIONS: dict[Mode, dict[str, str]] = {  # strongest first
     "namespaces": {
-        "network": "none: a network namespace",
+        "network": "none: a network namespace; other sockets, those of services in the file system too, refused by seccomp",
         "files": "read-only mounts; an empty tmpfs to work in",
         "processes": "a process namespace, which ends with the program; a limited number",
     },
     "landlock": {
-        "network": "TCP refused by Landlock where it can, all connections by the interpreter",
-        "files": "writing outside the folder refused by Landlock",
-        "processes": "refused by the interpreter",
+        "network": "none: sockets refused by seccomp",
+        "files": "writing outside the folder refused by Landlock; changing modes and times where Python's audit events see it",
+        "processes": "refused where Python's audit events see it",
     },
     "guard": {
-        "network": "refused by the interpreter only",
-        "files": "writing outside the folder refused by the interpreter only",
-        "processes": "refused by the interpreter only",
+        "network": "refused where Python's audit events see it",
+        "files": "writing outside the folder refused where Python's audit events see it",
+        "processes": "refused where Python's audit events see it",
     },
 }
 
@@ -64,6 +64,10 @@ class Outcome:
 
 class SandboxError(RuntimeError):
     """The sandbox itself did not come about, so that nothing is known of the program."""
+
+
+UNTRIED = "failed: the sandbox did not come about: "
+"""How the outcome of a program begins that was never run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,18 +106,28 @@ class Sandbox:
         It passes if it comes to its end without an exception; leaving earlier, by whatever exit status, is a failure.
         Raises SandboxError.
         """
-        with tempfile.TemporaryDirectory(prefix="forerun-", ignore_cleanup_errors=True) as folder:
-            order = {"program": program, "folder": folder, "mode": self.mode, **asdict(self.limits)}
-            told = self._launch(json.dumps(order).encode(), folder)
+        try:
+            with tempfile.TemporaryDirectory(prefix="forerun-", ignore_cleanup_errors=True) as folder:
+                order = {"program": program, "folder": folder, "mode": self.mode, **asdict(self.limits)}
+                told = self._launch(json.dumps(order).encode(), folder)
+        except OSError as error:  # no more processes, or no room on the disk
+            raise SandboxError(str(error)) from error
         if "error" in told:
             raise SandboxError(str(told["error"]))
         reason = str(told["reason"])
         return Outcome(reason == "passed", reason, float(str(told["seconds"])))
 
     def run_all(self, programs: Iterable[str], workers: int) -> Iterator[Outcome]:
-        """Run many, `workers` at a time; outcomes in the order of the programs."""
+        """Run many, `workers` at a time; outcomes in the order of the programs, one that could not be run being UNTRIED."""
+
+        def tried(program: str) -> Outcome:
+            try:
+                return self.run(program)
+            except SandboxError as error:
+                return Outcome(False, f"{UNTRIED}{error}", 0.0)
+
         with ThreadPoolExecutor(workers) as pool:
-            yield from pool.map(self.run, programs)
+            yield from pool.map(tried, programs)
 
     def _launch(self, order: bytes, folder: str) -> dict[str, object]:
         # -P: the launcher's own folder must not shadow the standard library. Bytecode is not written, so nothing stays behind.

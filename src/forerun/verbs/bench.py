@@ -16,6 +16,7 @@ from forerun.bench.headline import parse_floor
 from forerun.bench.lanes import Maker
 from forerun.bench.measure import run as measure
 from forerun.config import EMBEDDED, METHODS, Experiment, load
+from forerun.evaluate.measure import check
 from forerun.types import UserError
 from forerun.verbs.common import hush_libraries, known_method
 
@@ -55,13 +56,14 @@ def run(
         for remark in remarks:
             console.print(remark, markup=False, highlight=False)
     experiment.expand()  # a mistake in a variant shows before anything is loaded
-    experiment.located()
     check_floor(experiment)
+    hush_libraries()
+    for one in experiment.located().quality:
+        check(one)
     if resume and (out is None or overwrite):
         raise UserError("--resume goes on with the run that --out holds: name that folder, and leave out --overwrite")
     folder = Path(out or time.strftime("runs/bench-%Y%m%d-%H%M%S"))
     clear(folder, overwrite, resume)
-    hush_libraries()
     summary = measure(experiment, maker or methods.maker(), folder, console, memory, resume)
     if as_json:
         print(json.dumps(summary, indent=2))
@@ -115,8 +117,10 @@ def plan(
     if small and not configs:
         raise UserError("--small asks for a config's own small size: name a config with a section `small:`")
     if not configs:
-        early = [word for word in overrides if word.startswith(("model.", "workload."))]
+        early = [word for word in overrides if word.startswith(("model.", "workload.", "backend="))]
         said = load(None, early, given)
+        if said.backend == "endpoint":  # a server drafts as it was started to
+            return load(None, overrides, given | {"variants": {"server": {}}})
         # Many prompts: the interval is over them, not repeats.
         once: dict[str, Any] = {"repeats": 1, "sampling.max_new": 64} if said.workload.kind == "demo" else {}
         drafted = "path" in of_drafter or any(word.startswith("drafter.path=") for word in overrides)

@@ -19,6 +19,7 @@ from forerun.bench.measure import terminable
 from forerun.bench.quality import Finding, Scored, beside
 from forerun.bench.show import probability, worth
 from forerun.config import ChoiceConfig, CodeConfig, Experiment, GSM8KConfig, PerplexityConfig, load, parse, save
+from forerun.evaluate.measure import check
 from forerun.types import UserError
 from forerun.verbs.common import hush_libraries
 
@@ -38,16 +39,22 @@ def run(
     words: Sequence[str],
     out: str | None = None,
     *,
+    data: str | None = None,
     overwrite: bool = False,
     as_json: bool = False,
     quiet: bool = False,
     maker: Maker | None = None,
 ) -> int:
-    """Returns the exit status: 0, 1 where a variant or a measure failed, 130 after an interrupt. `maker` is for tests."""
-    experiment = plan(words)
+    """Returns the exit status: 0, 1 where a variant or a measure failed, 130 after an interrupt.
+
+    `data` is a folder of data sets. `maker` stands in for models in tests.
+    """
+    experiment = plan(words, data)
     folder = Path(out or time.strftime("runs/eval-%Y%m%d-%H%M%S"))
-    clear(folder, overwrite)
     hush_libraries()
+    for one in experiment.quality:
+        check(one)
+    clear(folder, overwrite)
     summary = evaluate(experiment, maker or methods.maker(), folder, Console(stderr=True, quiet=quiet))
     if as_json:
         print(json.dumps(summary, indent=2))
@@ -60,7 +67,7 @@ def run(
     return 130 if summary["status"] == "interrupted" else int(bool(errors(summary)))
 
 
-def plan(words: Sequence[str]) -> Experiment:
+def plan(words: Sequence[str], data: str | None = None) -> Experiment:
     """The experiment of a command line: [CONFIG] [a.b=c ...], with `tasks=` in the place of the config's own measures.
 
     `tasks` are names of our measures, JSONL files of questions, and else tasks of lm-evaluation-harness or their YAML files;
@@ -73,7 +80,9 @@ def plan(words: Sequence[str]) -> Experiment:
     said = dict(word.split("=", 1) for word in words if word.split("=", 1)[0] in SPECIAL and "=" in word)
     overrides = [word for word in words if "=" in word and word.split("=", 1)[0] not in SPECIAL]
     tasks = [task for task in said.pop("tasks", "").split(",") if task]
-    flags = {"quality": measures(tasks)} if tasks else {}
+    flags: dict[str, Any] = {"quality": measures(tasks)} if tasks else {}
+    if data is not None:
+        flags["data"] = data
     experiment = load(configs[0] if configs else None, overrides, flags)
     if not experiment.quality:
         known = ", ".join(OWN)
@@ -81,9 +90,9 @@ def plan(words: Sequence[str]) -> Experiment:
             f"nothing to measure: give tasks=a,b ({known}, a JSONL file, tasks of lm-eval), or a config with quality"
         )
     if said:
-        data = experiment.model_dump()
-        data["quality"] = [one | {key: said[key] for key in set(said) & wanted(one)} for one in data["quality"]]
-        experiment = parse(Experiment, data, "command line")
+        told = experiment.model_dump()
+        told["quality"] = [one | {key: said[key] for key in set(said) & wanted(one)} for one in told["quality"]]
+        experiment = parse(Experiment, told, "command line")
     experiment.expand()  # a mistake in a variant shows before anything is loaded
     return experiment.located()
 
@@ -110,8 +119,6 @@ def evaluate(experiment: Experiment, maker: Maker, out: Path, console: Console) 
     UserError where the baseline cannot be built; any other variant that fails, and any measure, is an error in its place.
     """
     variants, baseline = experiment.expand(), experiment.baseline_name()
-    out.mkdir(parents=True, exist_ok=True)
-    save(experiment, out / "config.yaml")
     lanes = {name: Lane(name, variants[name], out / folder) for name, folder in folders(list(variants)).items()}
     shared: dict[Scored, Finding] = {}
     status = "complete"
@@ -120,11 +127,13 @@ def evaluate(experiment: Experiment, maker: Maker, out: Path, console: Console) 
             for lane in sorted(lanes.values(), key=lambda lane: lane.name != baseline):
                 with guarded(lane, baseline):
                     lane.backend = maker.build(lane.variant)
+                    begin(out, experiment)
                     lane.facts = lane.backend.facts
                     assess(lane, experiment, shared, console)
                     lane.backend = None  # and with it the memory of its cache
     except KeyboardInterrupt:
         status = "interrupted"
+    begin(out, experiment)
     summary: dict[str, Any] = {"status": status, "baseline": baseline, "variants": {}}
     for name, lane in lanes.items():
         found = beside(lane.quality, lanes[baseline].quality)
@@ -134,6 +143,12 @@ def evaluate(experiment: Experiment, maker: Maker, out: Path, console: Console) 
     part.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     part.replace(out / SUMMARY)
     return summary
+
+
+def begin(out: Path, experiment: Experiment) -> None:
+    """The folder, which there is no need of before a model is built."""
+    out.mkdir(parents=True, exist_ok=True)
+    save(experiment, out / "config.yaml")
 
 
 def errors(summary: dict[str, Any]) -> list[tuple[str, str]]:

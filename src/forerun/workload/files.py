@@ -6,6 +6,7 @@ import difflib
 import gzip
 import json
 import lzma
+import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ CALLED = {"validation": ("validation", "valid", "dev")}
 USUAL = ("{name}/{split}-*.parquet", "{split}-*.parquet", "data/{split}-*.parquet", "{name}/{split}/*.parquet", "{split}.jsonl")
 """Where a copy of a repository of the Hub has a split."""
 
+ABOUT = ("readme", "license", "licence", "copying", "notice", "source", "sources", "citation", "authors", "changelog")
 WORDS = {str: "text", list: "a list", int: "a whole number"}
 Found = tuple[int, Data, str]
 """Number of the row from 1, the row, its place for messages."""
@@ -40,7 +42,7 @@ def files(known: DataSet, path: Path, split: str | None, name: str | None) -> li
     if path.is_dir():
         return find(known, path, split, name)
     if not path.is_file():
-        raise UserError(f"{path}: no such file or folder; give workload.path=FILE")
+        raise UserError(f"{path}: no such file or folder; give its path=FILE")
     if split is None or not known.parts or split == next(iter(known.parts)) or known.parts[split].ids is not None:
         return [path]
     return find(known, path.parent, split, name)
@@ -62,16 +64,21 @@ def find(known: DataSet, folder: Path, split: str | None, name: str | None) -> l
             wanted = " or ".join(pattern.format(split=word, name=name) for pattern in known.files or USUAL[1:3])
             there = ", ".join(sorted(one.name for one in folder.iterdir())[:8]) or "nothing"
             raise UserError(
-                f"{folder}: no file of {known.title}, split {word!r}, such as {wanted}; there is {there}; give "
-                "workload.path=FILE"
+                f"{folder}: no file of {known.title}, split {word!r}, such as {wanted}; there is {there}; give its path=FILE"
             )
         found |= dict.fromkeys(matches)
     return list(found)
 
 
 def matching(folder: Path, pattern: str) -> list[Path]:
-    """Plain files before packed ones, so that a file and its packed twin are not both read."""
-    return next((hits for end in ("", *PACKED) if (hits := sorted(folder.glob(pattern + end)))), [])
+    """Plain files before packed ones, so that a file and its packed twin are not both read; none that is about the data."""
+    found = ([one for one in sorted(folder.glob(pattern + end)) if not about(one)] for end in ("", *PACKED))
+    return next((hits for hits in found if hits), [])
+
+
+def about(path: Path) -> bool:
+    """Whether a file's name says that it tells of the data beside it: README.md, LICENSE-CODE.txt, SOURCE.txt."""
+    return re.split(r"[._-]", path.name.lower())[0] in ABOUT
 
 
 def on_hub(known: DataSet, split: str | None) -> str:
@@ -123,7 +130,7 @@ def opened(path: Path) -> Iterator[TextIO]:
         with PACKED.get(path.suffix, open)(path, "rt", encoding="utf-8") as file:
             yield file
     except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file; give workload.path=FILE") from error
+        raise UserError(f"{path}: no such file; give its path=FILE") from error
     except (UnicodeDecodeError, OSError, EOFError, lzma.LZMAError, zlib.error) as error:
         raise UserError(f"{path}: not readable as UTF-8 text: {error}") from error
 

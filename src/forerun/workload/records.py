@@ -105,7 +105,7 @@ def found(kind: str, known: DataSet, path: str | None, split: str | None, name: 
     if id is None:
         where = "path" if kind == "choice" else "workload.path"  # questions are no workload
         raise UserError(f"{kind} needs {where}, {known.advice}")
-    away = "" if kind == "hub" else "; give workload.path=FILE or data=FOLDER"
+    away = "" if kind == "hub" else "; give its path=FILE or data=FOLDER"
     records = hub.fetch(id, name or known.name, on_hub(known, split), streaming=known.streamed, advice=away)
     return ((number, data, f"{id}, row {number}") for number, data in enumerate(records, 1))
 
@@ -193,5 +193,6 @@ def source(config: WorkloadConfig) -> Source:
     there = () if fetched and known.streamed else rows(kind, config.path, config.split, config.name)
     counted = sum(1 for row in there if kind != "text" or row.data["text"]) if there else None
     published = known.parts[split].rows if split and split in known.parts and name == known.name else None
-    remarks = (f"{counted} rows; as published there are {published}",) if counted and published not in (None, counted) else ()
+    other = counted and published not in (None, counted)
+    remarks = (f"{counted} rows found, and {known.title} has {published} as published: is it that?",) if other else ()
     return Source(known.title, origin, split, counted, licence, remarks)
