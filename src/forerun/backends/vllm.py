@@ -268,7 +268,7 @@ def rule_name(arguments: Mapping[str, Any]) -> str:
     own = f"its own ({drafts.get('rejection_sample_method', 'standard')})"
     said = (arguments.get("additional_config") or {}).get("forerun") or {}
     rule = dict(said.get("rule") or {})
-    kind = rule.pop("kind", None)
+    kind = rule.pop("kind", "auto" if said else None)  # a min-p alone has forerun judge too
     options = ", ".join(f"{name}={value}" for name, value in rule.items())
     return "vLLM, " + (own if kind is None else f"{kind}({options})" if options else str(kind))
 
@@ -281,6 +281,7 @@ def build(variant: Variant, words: Words, say: Callable[[str], None]) -> Vllm:
             f"vllm.data_parallel_size={config.data_parallel_size}: only a server has several engines; start the line that "
             "`forerun vllm-args` prints and measure it with backend=endpoint"
         )
+    vllm_process.distribution(vllm_process.installed())  # before a model is compressed for it
     target = target_folder(variant.model, "target", say)
     arguments = engine_arguments(variant, target, find_draft(variant, say), longest(variant))
     module = vllm_process.load(config.multiprocess)
