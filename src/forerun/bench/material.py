@@ -10,7 +10,7 @@ from forerun.bench.charts import Paint
 from forerun.bench.folder import Records
 from forerun.bench.intervals import paired, ratio, ratio_interval
 from forerun.bench.metrics import decode_cost
-from forerun.bench.show import Figures, at, bounds
+from forerun.bench.show import Figures, bounds
 from forerun.config import NoDraftConfig, Variant
 
 COLOURS = 7
@@ -66,7 +66,7 @@ def over(plain: str, name: str, summary: dict[str, Any], records: Records) -> di
         return {"value": None, "low": None, "high": None}
     found = speedup(records, name, plain)
     if found["value"] is None:
-        ours, theirs = (bounds(at(variants, one).get("speedup"))[0] for one in (name, plain))
+        ours, theirs = (bounds(variants.get(one, {}).get("speedup"))[0] for one in (name, plain))
         return {"value": ratio(ours, theirs), "low": None, "high": None}
     return found
 
