@@ -4,17 +4,22 @@ import json
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from fakes import Letters
 from forerun.backends.endpoint import STRANGE, Endpoint, counters
-from forerun.config import EndpointConfig
+from forerun.bench import measure
+from forerun.bench.lanes import Maker
+from forerun.config import EndpointConfig, load
 from forerun.types import Delta, Request, Sampling, UserError, complete
 
 METRICS = """# HELP vllm:spec_decode_num_drafts_total Number of drafts.
@@ -268,12 +273,72 @@ def test_a_text_that_ends_without_a_reason_is_lost(after: int) -> None:
     assert server.facts["lost"][0]["tokens"] == 2 * after
 
 
-def test_a_server_that_stays_away_loses_the_request() -> None:
-    with Server().running() as url:
-        server = backend(url, timeout_s=0.3)
-    server.submit(asked(1)[0])
-    assert [delta.finish for delta in drain(server)] == ["cancelled"]
-    assert "ConnectionRefusedError" in server.facts["lost"][0]["reason"]
+def test_a_server_that_stays_away_loses_what_waits_and_nothing_waits_again() -> None:
+    """The wait is bounded for all requests together, until the server is back."""
+    with (gone := Server()).running() as url:
+        server = backend(url, timeout_s=0.6)
+    for request in asked(2):
+        server.submit(request)
+    assert [delta.finish for delta in drain(server)] == ["cancelled"] * 2
+    told = f"{url}/v1 has been out of reach for longer than endpoint.timeout_s=0.6 (Connection refused)"
+    assert [one["reason"] for one in server.facts["lost"]] == [told] * 2
+    began = time.perf_counter()
+    for name in "abcdef":
+        server.submit(Request(name, (7,), Sampling(max_new=3)))
+        assert [delta.finish for delta in drain(server)] == ["cancelled"]
+    assert time.perf_counter() - began < 6 * 0.6, "each waited anew"
+    with Server(port=gone.port).running():
+        assert complete(server, asked(1))[0].finish == "length"
+    server.submit(Request("later", (7,), Sampling(max_new=3)))
+    until = time.perf_counter() + 0.4
+    while time.perf_counter() < until:
+        assert server.step() == [], "it has been back meanwhile: the wait begins anew"
+    server.cancel("later")
+
+
+def test_a_benchmark_goes_on_when_the_server_dies(tmp_path: Path) -> None:
+    """It dies with a request amid its text, and is started again while others wait: each is recorded once or lost once."""
+    settings = {
+        "workload.kind": "synthetic", "workload.prompts": 6, "workload.concurrency": 2, "workload.prompt_tokens": 4,
+        "sampling.max_new": 8, "repeats": 2, "warmup": 0, "variants.server.backend": "endpoint",
+    }  # fmt: skip
+    died, again = threading.Event(), Server()
+
+    def breaks(_: dict[str, Any]) -> int | None:
+        if len(dying.got) < 8 or died.is_set():
+            return None
+        died.set()
+        return 1
+
+    dying = Server(breaks=breaks)
+    with ExitStack() as later:
+        first = later.enter_context(ExitStack())
+        url = first.enter_context(dying.running())
+        again.port = dying.port
+
+        def restart() -> None:
+            assert died.wait(20)
+            first.close()
+            time.sleep(0.5)
+            later.enter_context(again.running())
+
+        watcher = threading.Thread(target=restart)
+        watcher.start()
+        maker = Maker(lambda variant: backend(url, timeout_s=20.0), lambda _: 97, lambda _: None)
+        summary = measure.run(load(None, [], settings), maker, tmp_path, Console(quiet=True), measure_memory=False)
+        watcher.join()
+    figures, folder = summary["variants"]["server"], tmp_path / "server"
+    rows = {name: (folder / f"{name}.jsonl").read_text().splitlines() for name in ("records", "lost")}
+    found = {name: [(row["id"], row["repeat"]) for row in map(json.loads, of)] for name, of in rows.items()}
+    assert sorted(found["records"] + found["lost"]) == sorted(
+        (f"synthetic-{i}", repeat) for i in range(6) for repeat in range(2)
+    )
+    assert figures["error"] is None
+    assert len(found["lost"]) >= 1
+    assert (figures["requests"], figures["lost"]["requests"]) == (len(found["records"]), len(found["lost"]))
+    assert len(again.got) > 0
+    assert max(Counter(str(body["prompt"]) for body in dying.got + again.got).values()) <= 2, "none was sent twice a repeat"
+    assert f"server lost {len(found['lost'])} of 12 requests: " in (tmp_path / "report.md").read_text()
 
 
 @pytest.mark.parametrize(("status", "lost"), [(500, True), (400, False)])

@@ -113,7 +113,11 @@ def test_a_rich_run_tells_everything(tmp_path: Path) -> None:
         assert part in written, part
     assert "<" not in written.replace("<=", ""), "a name cannot become a tag"
     lossy = next(line for line in written.splitlines() if line.startswith("| typical |"))
-    assert "0.500 (0.440-0.560), p &lt;.001" in lossy
+    assert lossy.count(" of the target |") == 2, "perplexity and RACE"
+    assert "0.300 (0.241-0.367), p &lt;.001" in lossy
+    drafted = next(line for line in written.splitlines() if line.startswith("| model, k=4 |"))
+    assert drafted.count(" as plain |") == 2, "a score of the same model stands once"
+    assert written.count("| race-high | acc |") == 2, "plain's and the 4-bit target's"
 
 
 @pytest.mark.parametrize(

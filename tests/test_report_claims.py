@@ -38,7 +38,7 @@ def test_the_fastest_lossless_variant() -> None:
     [
         ((1.1, 0.98, 1.2), "The best of them, a, is 1.10x (95 % interval 0.98 to 1.20); the interval includes 1."),
         ((0.8, 0.7, 0.9), "The best of them, a, is 0.80x (95 % interval 0.70 to 0.90): slower."),
-        ((1.7, None, None), "The best of them, a, is 1.70x (no interval: one prompt), which shows nothing either way."),
+        ((1.7, None, None), "The best of them, a, is 1.70x (too few prompts: no interval), which shows nothing either way."),
         ((1.05, 1.0, 1.2), "The best of them, a, is 1.05x (95 % interval 1.00 to 1.20); the interval includes 1."),
     ],
 )
@@ -60,6 +60,43 @@ def test_nothing_to_claim() -> None:
     [first, second] = claims(a=figures(1.5, 1.4, 1.6, lossless=None))
     assert first == "No lossless variant of the same target was measured beside the baseline plain."
     assert "its rule was not enumerated; its quality was not measured." in second
+
+
+def test_few_prompts_are_named_and_prove_nothing() -> None:
+    few = figures(1.7, None, None)
+    few["speedup"]["prompts"] = 2
+    [said] = claims(a=few)
+    assert said.startswith(
+        "No lossless variant is shown to be faster than plain. The best of them, a, is 1.70x (2 prompts: no "
+    )
+
+
+def test_a_variant_measured_apart_says_so_in_the_headline() -> None:
+    [said] = claims(a=figures(1.5, 1.4, 1.6, interleaved=False), b=figures(1.2, 1.1, 1.3, interleaved=True))
+    assert said.startswith(
+        "a is the fastest lossless variant: 1.50x plain (95 % interval 1.40 to 1.60, measured apart from the "
+    )
+    assert "apart" not in claims(b=figures(1.2, 1.1, 1.3, interleaved=True))[0]
+
+
+def test_a_lossy_variant_does_not_pass_a_floor_on_its_targets_score() -> None:
+    """A score by likelihood is of the target, whatever the rule accepts."""
+    scored = {"perplexity": {"value": 9.0, "low": 8.0, "high": 10.0}}
+    fine = figures(1.5, 1.4, 1.6, quality=scored)
+    lossy = figures(2.5, 2.4, 2.6, lossless=False, rule_evidence={"tv": 0.4}, quality={"perplexity": scored["perplexity"] | {
+        "of_target": True}})  # fmt: skip
+    _, faster, floor = claims("perplexity<=12", fine=fine, lossy=lossy)
+    assert floor.startswith("fine is the fastest that keeps perplexity <= 12")
+    assert "Left out: lossy, for perplexity and choices score the target" in floor
+    assert "its quality was not measured, for perplexity and choices score the target" in faster
+    assert claims("perplexity<=12", lossy=lossy)[-1].startswith(
+        "Floor perplexity <= 12: perplexity was not measured (measured: n"
+    )
+    written = lossy | {"quality": lossy["quality"] | {"gsm8k": {"value": 0.3, "low": 0.2, "high": 0.4}}}
+    _, faster, floor = claims("gsm8k>=0.1", fine=fine, lossy=written)
+    assert faster.endswith("quality gsm8k 0.300.")
+    assert floor.startswith("lossy is the fastest that keeps gsm8k >= 0.1")
+    assert "Left out" not in floor
 
 
 def test_a_lossy_variant_is_faster_but_promises_nothing() -> None:

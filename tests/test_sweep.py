@@ -279,6 +279,7 @@ def made(name: str, metric: str, items: tuple[bool, ...]) -> Quality:
 def examiner(monkeypatch: pytest.MonkeyPatch) -> Examiner:
     found = Examiner()
     monkeypatch.setattr("forerun.bench.assess.measure", found.measure)
+    monkeypatch.setattr("forerun.verbs.bench.check", lambda _: None)  # no data sets are here
     return found
 
 
@@ -292,8 +293,10 @@ def test_quality_beside_speed(tmp_path: Path, examiner: Examiner) -> None:
     assert list(near) == ["race-high", "race-high/acc_norm", "gsm8k"]
     assert near["race-high"] == {
         "metric": "acc", "value": 0.5, "low": 0.0, "high": 1.0, "higher_is_better": True, "count": 2, "details": {"shots": 5},
-        "mcnemar_p": 1.0, "greedy_equal": None,
-    }  # fmt: skip
+        "mcnemar_p": None, "greedy_equal": None, "of_target": True, "shared_with": "plain",
+    }, "a fake's rule is not enumerated, and there is nothing to test between a score and itself"  # fmt: skip
+    assert not near["gsm8k"]["of_target"]
+    assert not figures["plain"]["quality"]["race-high"]["of_target"]
     assert (near["gsm8k"]["mcnemar_p"], near["gsm8k"]["greedy_equal"]) == (1.0, False)
     assert figures["plain"]["quality"]["gsm8k"]["greedy_equal"] is True
     assert far["gsm8k"]["value"] == 0.0

@@ -82,8 +82,9 @@ class Endpoint:
     """A Backend around a server. The clock includes the network and a connection for each request.
 
     A request whose connection breaks, or whose stream ends early, gets a last delta with finish `cancelled` and an entry in
-    `facts["lost"]`; it is not sent again, so that nothing is counted twice. A server that refuses connections (it may be
-    starting again) is asked until `timeout_s` has passed: nothing was sent by then.
+    `facts["lost"]`; it is not sent again, so that nothing is counted twice. While a server cannot be reached (it may be
+    starting again) requests wait for it: nothing was sent by then. Once it has been away for `timeout_s`, those that wait are
+    lost, and later ones are after one attempt.
     """
 
     def __init__(self, config: EndpointConfig, tokenizer: PreTrainedTokenizerBase | None, rows: int, capacity: int) -> None:
@@ -108,6 +109,7 @@ class Endpoint:
         self.cancelled: list[Delta] = []
         self.lost: list[Lost] = []
         self.told_ids: bool | None = None  # unknown before the first token
+        self.away_since: float | None = None  # when the server could not be reached, and not since
         self.before = self._counters()
 
     @property
@@ -246,7 +248,8 @@ class Endpoint:
 
     def _lose(self, job: Job, error: Exception) -> Delta:
         del self.jobs[job.request.id, job.index]
-        reason = ": ".join(filter(None, (type(error).__name__, " ".join(str(error).split()))))
+        own = "" if type(error) is ConnectionError else type(error).__name__  # our own say all in their sentence
+        reason = ": ".join(filter(None, (own, " ".join(str(error).split()))))
         self.lost.append(Lost(job.request.id, job.index, reason, job.count))
         return Delta(job.request.id, job.index, (), "", "cancelled")
 
@@ -281,14 +284,18 @@ class Endpoint:
             connect = http.client.HTTPSConnection if secure else http.client.HTTPConnection
             connection = connect(url.hostname or "", url.port, timeout=self.config.timeout_s)
             job.connection = connection
+            began = time.perf_counter()
             try:
                 connection.connect()
-            except ConnectionRefusedError:
-                if job.stopped.wait(AGAIN_S) or time.perf_counter() > deadline:
-                    raise
+            except OSError as error:
+                self._wait(job, began, error)
                 continue
-            connection.request("POST", f"{url.path}/completions", data, headers)
-            response = connection.getresponse()
+            self.away_since = None
+            try:
+                connection.request("POST", f"{url.path}/completions", data, headers)
+                response = connection.getresponse()
+            except (ConnectionResetError, BrokenPipeError) as error:
+                raise ConnectionError("the connection ended before the answer began") from error
             if response.status == 200:
                 return response
             told = " ".join(response.read(300).decode(errors="replace").split())
@@ -298,6 +305,14 @@ class Endpoint:
                 raise UserError(problem) if response.status < 500 else ConnectionError(problem)
             if job.stopped.wait(AGAIN_S) or time.perf_counter() > deadline:
                 raise ConnectionError(problem)
+
+    def _wait(self, job: Job, began: float, error: OSError) -> None:
+        """Until the next attempt at a server out of reach at `began`; ConnectionError once that has lasted too long."""
+        since = self.away_since = self.away_since or began
+        limit = self.config.timeout_s
+        if job.stopped.wait(AGAIN_S) or time.perf_counter() - since > limit:
+            why = f"{self.base} has been out of reach for longer than endpoint.timeout_s={limit:g}"
+            raise ConnectionError(f"{why} ({error.strerror or error})") from error
 
 
 def hang_up(job: Job) -> None:
@@ -314,12 +329,13 @@ def hang_up(job: Job) -> None:
 
 def messages(response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
     """The JSON of server-sent events up to `[DONE]`; a stream that ends before it is a ConnectionError."""
-    for line in response:
-        if line.startswith(b"data:"):
-            data = line[5:].strip()
-            if data == b"[DONE]":
-                return
-            yield json.loads(data)
+    with suppress(http.client.IncompleteRead, ConnectionResetError):
+        for line in response:
+            if line.startswith(b"data:"):
+                data = line[5:].strip()
+                if data == b"[DONE]":
+                    return
+                yield json.loads(data)
     raise ConnectionError("the connection ended before the text did")
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
-from forerun.bench import kept
+from forerun.bench import kept, memory
 from forerun.bench.folder import folders
 from forerun.bench.lanes import Lane
 from forerun.config import Experiment, parse
@@ -44,7 +43,7 @@ def each(
 def start(job: dict[str, Any], command: Sequence[str] = (sys.executable, "-m", "forerun.bench.alone")) -> str | None:
     """Run a job to its end; returns what went wrong."""
     try:
-        done = subprocess.run(command, input=json.dumps(job), capture_output=True, text=True, check=False)
+        done = memory.apart(command, json.dumps(job))
     except OSError as error:
         return f"no process: {error}"
     if done.returncode < 0:

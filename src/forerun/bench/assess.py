@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import Progress
 
 from forerun.bench.lanes import Lane, explain
-from forerun.bench.quality import Finding, Scored, scored
+from forerun.bench.quality import Finding, Scored, digest, scored
 from forerun.bench.turns import COLUMNS
 from forerun.config import CodeConfig, Experiment, GSM8KConfig, QualityConfig
 from forerun.evaluate.measure import measure
@@ -37,7 +38,7 @@ def assess(lane: Lane, experiment: Experiment, shared: dict[Scored, Finding], co
         if finding is None:
             finding = one(lane, config, lane.folder / "quality" / f"{number}-{config.kind}", console)
         if key is not None:
-            shared[key] = finding
+            finding = shared[key] = replace(finding, scored=digest(key))
         findings.append(finding)
     lane.quality = tuple(findings)
 

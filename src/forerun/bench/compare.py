@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,12 @@ from forerun.bench.folder import Folder, Records
 from forerun.bench.headline import listed
 from forerun.bench.material import Material, gather
 from forerun.bench.report import publish
-from forerun.bench.show import ABSENT, interval
+from forerun.bench.show import ABSENT, Figures, interval, short
 from forerun.bench.sweeps import shown
 from forerun.config import Variant
 from forerun.config.part import Part
 
+PARTS = ("drafter", "rule")
 LINES = 3  # of the notes about a machine that stand for each run
 
 
@@ -95,6 +96,9 @@ def compare(found: Sequence[Side]) -> Comparison:
         "workload": [settings(side.run.experiment.workload) for side in found],
         "sampling": [settings(side.run.experiment.sampling) for side in found],
         "engine": [settings(side.run.experiment.engine) for side in found],
+        **methods(found),
+        "quality": ["; ".join(of_kind(one) for one in side.run.experiment.quality) or "none" for side in found],
+        "floor": [side.run.experiment.floor or "none" for side in found],
         "repeats": [str(side.run.experiment.repeats) for side in found],
         "status": [str(side.run.summary.get("status")) for side in found],
         "started": [str(one.get("started")) for one in env],
@@ -107,15 +111,24 @@ def compare(found: Sequence[Side]) -> Comparison:
     return Comparison(found, {name: values for name, values in every.items() if len(set(values)) > 1}, refused)
 
 
+def methods(found: Sequence[Side]) -> dict[str, list[str]]:
+    """Drafter and rule of the variants that all runs have, by name; then of which names there are."""
+    variants = [side.run.experiment.expand() for side in found]
+    shared = [name for name in variants[0] if all(name in one for one in variants)]
+    parts = {f"{name}, {part}": [of_kind(getattr(one[name], part)) for one in variants] for name in shared for part in PARTS}
+    return {"variants": [", ".join(one) for one in variants]} | parts
+
+
+def of_kind(part: Part) -> str:
+    """A part's kind and what it sets apart from the defaults."""
+    set_to = part.model_dump(mode="json", exclude_defaults=True, exclude={"kind"})
+    return ", ".join([str(getattr(part, "kind", "")), *(f"{key} {shown(value)}" for key, value in set_to.items())])
+
+
 def settings(part: Part) -> str:
     """What a part of a configuration sets, apart from the defaults."""
     set_to = part.model_dump(mode="json", exclude_defaults=True)
     return ", ".join(f"{key} {shown(value)}" for key, value in set_to.items()) or "defaults"
-
-
-def short(commit: str) -> str:
-    """The first letters of a commit, and the mark of a checkout that was changed since."""
-    return f"commit {commit[:12]}{'+' if commit.endswith('+') else ''}" if len(commit) > 12 else commit
 
 
 def merged(found: Comparison) -> Material:
@@ -130,13 +143,20 @@ def merged(found: Comparison) -> Material:
         def own(name: str, run: str = side.name) -> str:
             return f"{run}/{name}"
 
-        variants |= {own(name): figures for name, figures in side.found.variants.items()}
+        variants |= {own(name): renamed(figures, own) for name, figures in side.found.variants.items()}
         configs |= {own(name): config for name, config in side.found.configs.items()}
         records |= {own(name): lines for name, lines in side.records.items()}
         baselines |= {own(name): own(baseline) for name, baseline in side.found.baselines.items()}
         plains |= {own(name): own(plain) for name, plain in side.found.own_plains.items()}
     summary = {"status": "complete", "baseline": None, "variants": variants}
     return Material(summary, configs, records, baselines=baselines, own_plains=plains)
+
+
+def renamed(figures: Figures, own: Callable[[str], str]) -> Figures:
+    """With the new name of the variant that it shares a score with."""
+    quality = figures.get("quality") or {}
+    told = {name: one | {"shared_with": own(one["shared_with"])} for name, one in quality.items() if one.get("shared_with")}
+    return figures | {"quality": quality | told} if told else figures
 
 
 def across(found: Comparison, whole: Material) -> dict[str, dict[str, float | None]]:

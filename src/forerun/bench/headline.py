@@ -5,10 +5,10 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from forerun.bench.show import Figures, at, bounds, mark, measures, number, quality, times, worth
+from forerun.bench.show import GENERATED, Figures, at, bounds, mark, number, own, quality, times, unjudged, worth
 from forerun.config import Variant
 from forerun.types import UserError
 
@@ -40,7 +40,7 @@ class Floor:
 
     def of(self, figures: Figures) -> dict[str, Any] | None:
         """The measure by its own name or, where one alone has it, its metric's; None where it was not measured."""
-        found = {name: one for name, one in (figures.get("quality") or {}).items() if bounds(one)[0] is not None}
+        found = {name: one for name, one in own(figures).items() if bounds(one)[0] is not None}
         named = [one for one in found.values() if one.get("metric") == self.measure]
         return found.get(self.measure) or (named[0] if len(named) == 1 else None)
 
@@ -97,9 +97,14 @@ def faster(figures: Figures) -> bool:
 
 
 def spread(figures: Figures) -> str:
-    """The interval in words."""
+    """The interval in words, and what it leaves out."""
     _, low, high = bounds(figures["speedup"])
-    return "no interval: one prompt" if low is None or high is None else f"95 % interval {low:.2f} to {high:.2f}"
+    apart = ", measured apart from the baseline" if figures.get("interleaved") is False else ""
+    if low is None or high is None:
+        prompts = at(figures, "speedup.prompts")
+        few = "too few prompts" if not prompts else f"{prompts} prompts" if prompts > 1 else "1 prompt"
+        return f"{few}: no interval{apart}"
+    return f"95 % interval {low:.2f} to {high:.2f}{apart}"
 
 
 def fastest_lossless(same: dict[str, Figures], base: Figures, baseline: str) -> Conclusion:
@@ -145,21 +150,30 @@ def faster_still(rest: dict[str, Figures], best: float, baseline: str, configs: 
         )
     else:
         why = {"unchecked": "its rule was not enumerated"}.get(mark(figures), f"its rule is {mark(figures)}")
-    worth_it = f"quality {quality(figures)}" if figures.get("quality") else "its quality was not measured"
+    worth_it = f"quality {quality(figures)}" if own(figures) else "its quality was not measured"
+    worth_it += f", for {GENERATED}" if name in unjudged(ahead) else ""
     text = f"Faster, but without a promise of {baseline}'s text: {name}, {times(value(figures))} ({spread(figures)}); "
     text += f"{why}; {worth_it}."
     return [Conclusion(times(value(figures)), text)]
 
 
 def above_floor(variants: dict[str, Figures], baseline: str, text: str) -> Conclusion:
-    """The fastest variant that keeps the quality floor with the worse end of its interval."""
+    """The fastest variant that keeps the quality floor; one whose text the measure did not judge keeps nothing."""
     try:
         floor = parse_floor(text)
     except UserError as error:  # the run has been measured: say it, lose nothing
         return Conclusion("-", f"{str(error)[:1].upper()}{str(error)[1:]}.")
+    found = fastest_above(variants, baseline, floor)
+    asked = {name: v for name, v in variants.items() if v.get("quality") and floor.of(v) is None}
+    left = [name for name, v in asked.items() if any(one.get("of_target") for one in v["quality"].values())]
+    return replace(found, text=f"{found.text} Left out: {listed(left)}, for {GENERATED}.") if left else found
+
+
+def fastest_above(variants: dict[str, Figures], baseline: str, floor: Floor) -> Conclusion:
+    """By the worse end of each interval."""
     judged = {name: one for name, v in variants.items() if not v.get("error") and (one := floor.of(v)) is not None}
     if not judged:
-        known = listed(measures(variants)) or "nothing"
+        known = listed(list(dict.fromkeys(name for v in variants.values() for name in own(v)))) or "nothing"
         return Conclusion("-", f"Floor {floor}: {floor.measure} was not measured (measured: {known}).")
     kept = [name for name, one in judged.items() if floor.kept(one) and not variants[name].get("meaningless")]
     counts = "the worse end of the interval counts"
@@ -173,9 +187,9 @@ def above_floor(variants: dict[str, Figures], baseline: str, text: str) -> Concl
     best = max(ahead, key=lambda name: value(variants[name]))
     figures = variants[best]
     told = f"{best} is the fastest that keeps {floor}: {times(value(figures))} {baseline} ({spread(figures)}), "
-    own = judged[best]
-    how = counts if bounds(own)[1] is not None else "it has no interval, so its value counts"
-    return Conclusion(times(value(figures)), f"{told}{floor.measure} {worth(own)}; {how}.")
+    kept_by = judged[best]
+    how = counts if bounds(kept_by)[1] is not None else "it has no interval, so its value counts"
+    return Conclusion(times(value(figures)), f"{told}{floor.measure} {worth(kept_by)}; {how}.")
 
 
 def listed(names: list[str], most: int = 6) -> str:

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from forerun.bench.metrics import Record
 
 RESAMPLES = 2000
+FEWEST = 8
+"""Prompts below which a bootstrap over them says little: no interval."""
 Pair = tuple["Record", "Record"]
 
 
@@ -33,17 +35,17 @@ def ratio_interval(
     """The baseline's seconds per token over ours, with a bootstrap 95 % interval over prompts (percentile method).
 
     `cost` gives a record's seconds and tokens. Where both sides emit the same tokens, as greedy ones do, this is the ratio
-    of the paired totals of seconds; where they do not, neither gains by saying less. One prompt gives no interval.
+    of the paired totals of seconds; where they do not, neither gains by saying less. Few prompts give no interval.
     """
     if not pairs:
-        return {"value": None, "low": None, "high": None}
+        return {"value": None, "low": None, "high": None, "prompts": None}
     totals = np.array([[*summed(ours for ours, _ in of), *summed(theirs for _, theirs in of)] for of in costs(pairs, cost)])
     times = np.random.default_rng(seed).multinomial(len(totals), np.full(len(totals), 1 / len(totals)), size=RESAMPLES)
     drawn = speedups(times @ totals)
     drawn = drawn[np.isfinite(drawn)]
-    low, high = np.percentile(drawn, [2.5, 97.5]) if len(totals) > 1 and len(drawn) else (None, None)
+    low, high = np.percentile(drawn, [2.5, 97.5]) if len(totals) >= FEWEST and len(drawn) else (None, None)
     [value] = speedups(totals.sum(0, keepdims=True))
-    return {"value": finite(value), "low": finite(low), "high": finite(high)}
+    return {"value": finite(value), "low": finite(low), "high": finite(high), "prompts": len(pairs)}
 
 
 def costs(

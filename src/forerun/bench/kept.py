@@ -10,12 +10,12 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from forerun.bench.metrics import Record, Run
+from forerun.bench.metrics import Lost, Record, Run
 from forerun.bench.quality import Finding
 from forerun.config import EMBEDDED, Experiment, Variant
 from forerun.types import Phases
 
-FILE, RECORDS = "finished.json", "records.jsonl"
+FILE, RECORDS, LOST = "finished.json", "records.jsonl", "lost.jsonl"
 MACHINE = ("forerun", "python", "packages", "cpu", "cpu_allowed", "threads", "gpus")  # of environment.json
 
 
@@ -82,8 +82,8 @@ def walk(path: Path) -> Iterator[Path]:
 
 
 def write(run: Run, folder: Path) -> None:
-    """All of a run but its records; whole or not at all."""
-    data = {one.name: getattr(run, one.name) for one in fields(run) if one.name != "records"}
+    """All of a run but its records and what it lost; whole or not at all."""
+    data = {one.name: getattr(run, one.name) for one in fields(run) if one.name not in ("records", "lost")}
     data |= {"phases": asdict(run.phases) if run.phases else None, "quality": [one.to_json() for one in run.quality]}
     draft = folder / f"{FILE}.part"
     draft.write_text(json.dumps(data, indent=1, default=str) + "\n", encoding="utf-8")
@@ -97,6 +97,7 @@ def read(folder: Path) -> Run | None:
         lines = (folder / RECORDS).read_text(encoding="utf-8").splitlines()
         data |= {
             "records": [Record.from_json(json.loads(line)) for line in lines],
+            "lost": [Lost(**json.loads(line)) for line in lost(folder)],
             "phases": Phases(**data["phases"]) if data["phases"] else None,
             "quality": tuple(Finding.from_json(one) for one in data["quality"]),
         }
@@ -105,9 +106,15 @@ def read(folder: Path) -> Run | None:
         return None
 
 
+def lost(folder: Path) -> list[str]:
+    """The lines of the file that is there only where something was lost."""
+    file = folder / LOST
+    return file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+
+
 def forget(folder: Path) -> None:
     """So that nothing of an earlier measurement is taken for the next one's."""
-    for name in (FILE, RECORDS):
+    for name in (FILE, RECORDS, LOST):
         (folder / name).unlink(missing_ok=True)
 
 

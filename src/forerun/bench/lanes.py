@@ -14,7 +14,7 @@ from forerun import workload
 from forerun.bench import hardware, labels
 from forerun.bench.intervals import ratio
 from forerun.bench.meter import Meter, Reading
-from forerun.bench.metrics import Record, Run
+from forerun.bench.metrics import Lost, Record, Run
 from forerun.bench.quality import Finding
 from forerun.bench.serve import request, serve
 from forerun.config import Experiment, NoDraftConfig, Variant
@@ -50,6 +50,7 @@ class Lane:
     room: int = 0  # tokens that a prompt may have
     prompts: list[Prompt] = field(default_factory=list)
     records: list[Record] = field(default_factory=list)
+    lost: list[Lost] = field(default_factory=list)
     wall_seconds: float = 0.0
     phases: Phases | None = None
     told: dict[str, Any] = field(default_factory=dict)  # of the rule
@@ -68,9 +69,10 @@ class Lane:
         joules = [one.joules for one in self.readings if one.joules is not None]
         return Run(
             records=self.records,
+            lost=self.lost,
             wall_seconds=self.wall_seconds,
             phases=self.phases,
-            facts=self.facts,
+            facts={name: fact for name, fact in self.facts.items() if name != "lost"},  # lost.jsonl is the place for that
             greedy=self.variant.sampling.temperature == 0,
             drafts=not isinstance(self.variant.drafter, NoDraftConfig),
             random_weights=self.variant.model.weights == "random" or drafter_random,
@@ -126,11 +128,12 @@ def out_of_memory(error: BaseException) -> bool:
 def prepare(lanes: Sequence[Lane], baseline: str, experiment: Experiment, maker: Maker, console: Console) -> None:
     """Build every backend, label its rule, load its prompts in its own tokens, and warm it up; the baseline first."""
     examined: dict[str, Evidence] = {}
+    commit = {"commit": hardware.commit()}
     for lane in sorted(lanes, key=lambda lane: lane.name != baseline):
         lane.folder.mkdir(exist_ok=True)
         with console.status(f"{lane.name}: building and warming up"), guarded(lane, baseline):
             lane.backend = maker.build(lane.variant)
-            lane.told = labels.of(lane.backend, lane.variant, examined)
+            lane.told = labels.of(lane.backend, lane.variant, examined) | commit
             lane.room = room_for_prompts(lane.backend.facts, lane.variant)
             vocabulary = maker.vocabulary(lane.variant)
             lane.prompts = workload.load(experiment.workload, lane.backend.tokenizer, vocabulary, lane.room)

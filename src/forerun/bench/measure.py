@@ -22,6 +22,8 @@ from forerun.bench.metrics import summarize
 from forerun.bench.turns import rotate
 from forerun.config import Experiment, LogConfig, save
 from forerun.train import loggers
+from forerun.types import UserError
+from forerun.workload import source
 
 
 def run(
@@ -48,7 +50,7 @@ def run(
         Lane(name, variants[name], out / folder, kept.content_hash(variants[name], experiment, machine))
         for name, folder in folders(list(variants)).items()
     ]
-    status = "failed"
+    status, workload = "failed", described(experiment, console)
     try:
         with terminable():
             try:
@@ -66,7 +68,7 @@ def run(
                 status = "interrupted"
     finally:
         runs = {lane.name: lane.run() for lane in lanes}
-        summary = {"status": status} | summarize(runs, baseline)
+        summary = {"status": status, "workload": workload} | summarize(runs, baseline)
         if status != "failed" or any(one.records for one in runs.values()):
             hardware.write(out / "environment.json", machine, {name: one.facts for name, one in runs.items()})
             per_request.write(runs, baseline, out)
@@ -74,6 +76,18 @@ def run(
     if experiment.wandb is not None:
         log(summary, experiment, experiment.wandb, out, console)
     return summary
+
+
+def described(experiment: Experiment, console: Console) -> dict[str, Any] | None:
+    """Where the prompts come from, with how many rows, under which licence; None where they cannot be read, as shows soon."""
+    try:
+        with console.status(f"workload {experiment.workload.kind}: counting its rows"):
+            found = source(experiment.workload)
+    except UserError:
+        return None
+    for remark in found.remarks:
+        console.print(f"workload: {remark}", markup=False, highlight=False)
+    return dataclasses.asdict(found) | {"remarks": list(found.remarks)}
 
 
 def together(

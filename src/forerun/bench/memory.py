@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,13 +28,27 @@ def measure(variant: Variant, experiment: Experiment) -> Peaks | None:
     """Peaks while a fresh process loads the variant and serves its longest prompts; None where that fails."""
     job = {"variant": variant.model_dump(mode="json"), "experiment": experiment.model_dump(mode="json")}
     try:
-        done = subprocess.run(
-            [sys.executable, "-m", "forerun.bench.memory"],
-            input=json.dumps(job), capture_output=True, text=True, timeout=TIMEOUT_S, check=True,
-        )  # fmt: skip
+        done = apart([sys.executable, "-m", "forerun.bench.memory"], json.dumps(job), TIMEOUT_S)
+        done.check_returncode()
         return Peaks(**json.loads(done.stdout.strip().splitlines()[-1]))
     except (OSError, subprocess.SubprocessError, ValueError, TypeError, IndexError):
         return None
+
+
+def apart(command: Sequence[str], job: str, timeout_s: float | None = None) -> subprocess.CompletedProcess[str]:
+    """Run a process to its end with a job on its stdin. What it started ends with it, however that comes about: an engine
+    that a backend runs in a process of its own would live on.
+    """
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, start_new_session=True) as process:
+        try:
+            out, err = process.communicate(job, timeout_s)
+        finally:
+            process.kill()
+            if hasattr(os, "killpg"):  # not on Windows
+                with suppress(ProcessLookupError):  # nobody is left
+                    os.killpg(process.pid, signal.SIGKILL)
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
 def peaks(device: str) -> Peaks:

@@ -6,21 +6,27 @@ The decode of a request is what follows its first delta: its seconds and its tok
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from statistics import fmean
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from forerun.bench.intervals import Pair, paired, percentile, ratio, ratio_interval
-from forerun.bench.quality import Finding, beside
+from forerun.bench.quality import Finding, beside, sharing
 from forerun.types import Phases
 
 MEANINGLESS_WITH_RANDOM_WEIGHTS = (
     "accepted", "acceptance_rate", "conditional_acceptance", "block_efficiency", "rollbacks", "rejected_tokens",
     "draft_wastage", "verification_wastage", "identity_residual",
 )  # fmt: skip
+
+REASONS = 3
+"""Most reasons for lost requests that a summary names."""
+NEEDED = {50: 1, 95: 20, 99: 100}
+"""Requests below which a percentile is the greatest value or so, and null."""
 
 
 class RoundRecord(NamedTuple):
@@ -102,12 +108,25 @@ class Record:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """One completion that the backend gave up, as lost.jsonl has it, and nothing else: no figure counts it."""
+
+    id: str
+    category: str
+    repeat: int
+    index: int
+    turn: int
+    tokens: int  # that had come
+    reason: str
+
+
 @dataclass(frozen=True)
 class Run:
     """What one variant left behind. `error` says why there is nothing, or nothing more."""
 
     records: Sequence[Record] = ()
-    wall_seconds: float = 0.0  # in which this variant had the machine, warm-up apart
+    wall_seconds: float | None = 0.0  # in which this variant had the machine, warm-up apart
     phases: Phases | None = None  # spent within wall_seconds
     facts: dict[str, Any] = field(default_factory=dict)
     greedy: bool = True
@@ -119,6 +138,7 @@ class Run:
     utilization_percent: float | None = None  # of the GPU
     energy_joules: float | None = None
     quality: tuple[Finding, ...] = ()
+    lost: Sequence[Lost] = ()
     hash: str | None = None  # of all that decides what is measured
     session: str | None = None  # runs of one session took turns on the machine
     error: str | None = None
@@ -126,13 +146,18 @@ class Run:
 
 def summarize(runs: dict[str, Run], baseline: str, seed: int = 0) -> dict[str, Any]:
     """summary.json without its `status`: every variant against the baseline."""
-    return {"baseline": baseline, "variants": {name: variant(run, runs[baseline], seed) for name, run in runs.items()}}
+    found = {name: variant(run, runs[baseline], seed) for name, run in runs.items()}
+    for name, shared in sharing({name: () if run.error is not None else run.quality for name, run in runs.items()}).items():
+        for measure, owner in shared.items():
+            found[name]["quality"][measure]["shared_with"] = owner
+    return {"baseline": baseline, "variants": found}
 
 
 def variant(run: Run, baseline: Run, seed: int = 0) -> dict[str, Any]:
     """All figures of one variant; of a failed one, all None beside its error."""
     if run.error is not None:
-        run = Run(error=run.error)
+        run = Run(error=run.error, lost=run.lost)
+    run, baseline = timed(run), timed(baseline)
     pairs = paired(run.records, baseline.records)
     figures = (
         clock(run)
@@ -141,13 +166,13 @@ def variant(run: Run, baseline: Run, seed: int = 0) -> dict[str, Any]:
             "speedup_e2e": ratio_interval(pairs, lambda r: (r.total_s, len(r.tokens)), seed),
         }
         | acceptance(rounds_of(run.records))
-        | {"seconds": seconds(run.phases), "counts": counts(run.records)}
+        | {"seconds": seconds(run.phases), "counts": counts(run.records), "lost": losses(run.lost)}
     )
     figures["overhead"] = overhead(run, baseline)
     speedup = figures["speedup"]["value"]
     figures["efficiency_gain"] = None if speedup is None else speedup - 1
     figures["identity_residual"] = residual(figures["block_efficiency"], figures["overhead"], speedup)
-    facts = ("rule", "label", "lossless", "meaningless", "compressed", "rule_evidence", "weight_bytes", "kv_bytes")
+    facts = ("rule", "label", "lossless", "meaningless", "compressed", "rule_evidence", "weight_bytes", "kv_bytes", "commit")
     own = (
         "peak_memory_bytes", "peak_device_bytes", "cpu_percent", "utilization_percent", "energy_joules", "hash", "error"
     )  # fmt: skip
@@ -157,7 +182,7 @@ def variant(run: Run, baseline: Run, seed: int = 0) -> dict[str, Any]:
         "energy_per_token": ratio(run.energy_joules, figures["tokens"]),
         "exact_share": exact_share(run, baseline),
         "interleaved": run.session == baseline.session if run.records and baseline.records else None,
-        "quality": beside(run.quality, baseline.quality),
+        "quality": beside(run.quality, baseline.quality, lossy=lossy(run)),
         "categories": categories(run, pairs, seed),
     }
     if run.random_weights:
@@ -166,8 +191,29 @@ def variant(run: Run, baseline: Run, seed: int = 0) -> dict[str, Any]:
     return figures
 
 
+def lossy(run: Run) -> bool:
+    """Whether what is accepted is not known to be the target's law; without drafts only a broken rule changes anything."""
+    lossless = run.facts.get("lossless")
+    return lossless is False or (run.drafts and lossless is None)
+
+
 def decode_cost(record: Record) -> tuple[float, int]:
     return record.decode_s, record.decode_tokens
+
+
+def timed(run: Run) -> Run:
+    """Without the totals that hold the time of lost requests too, and of an outage: they tell nothing of the others."""
+    if not run.lost:
+        return run
+    return replace(run, wall_seconds=None, phases=None, energy_joules=None, cpu_percent=None, utilization_percent=None)
+
+
+def losses(lost: Sequence[Lost]) -> dict[str, Any]:
+    """How many completions were lost, their tokens that had come, and why: the most frequent reasons."""
+    found = Counter(one.reason for one in lost).most_common()
+    told = [reason if len(found) == 1 else f"{reason} ({count})" for reason, count in found[:REASONS]]
+    more = [f"and {len(found) - REASONS} other reasons"] if len(found) > REASONS else []
+    return {"requests": len(lost), "tokens": sum(one.tokens for one in lost), "why": "; ".join([*told, *more]) or None}
 
 
 def clock(run: Run) -> dict[str, Any]:
@@ -183,20 +229,22 @@ def clock(run: Run) -> dict[str, Any]:
         "requests": len(records),
         "tokens": tokens if records else None,
         "wall_seconds": run.wall_seconds if records else None,
+        "in_flight": ratio(sum(record.total_s for record in records), run.wall_seconds),  # Little's law
         "tokens_per_second": {
             "total": ratio(tokens, run.wall_seconds),
             "decode": decode_speed(records),
             "p50": percentile(speeds, 50),
         },
-        "ttft_ms": percentiles(first_ms),
-        "ms_per_token": {"p50": percentile(token_ms, 50), "p95": percentile(token_ms, 95)},
-        "inter_token_ms": percentiles(gaps_ms(records)),
-        "latency_ms": {"mean": fmean(total_ms) if total_ms else None} | percentiles(total_ms),
+        "ttft_ms": percentiles(first_ms, len(records)),
+        "ms_per_token": percentiles(token_ms, len(decoding), (50, 95)),
+        "inter_token_ms": percentiles(gaps_ms(records), len(decoding)),
+        "latency_ms": {"mean": fmean(total_ms) if total_ms else None} | percentiles(total_ms, len(records)),
     }
 
 
-def percentiles(values: Sequence[float]) -> dict[str, float | None]:
-    return {f"p{percent}": percentile(values, percent) for percent in (50, 95, 99)}
+def percentiles(values: Sequence[float], requests: int, which: Sequence[int] = (50, 95, 99)) -> dict[str, float | None]:
+    """Those for which there are requests enough; null the others."""
+    return {f"p{one}": percentile(values, one) if requests >= NEEDED[one] else None for one in which}
 
 
 def decoded(records: Iterable[Record]) -> list[Record]:

@@ -15,6 +15,7 @@ from forerun.bench import blocks, folder, page, sections
 from forerun.bench.blocks import Section
 from forerun.bench.headline import findings
 from forerun.bench.material import Material, gather
+from forerun.bench.metrics import Record
 from forerun.bench.show import interval, number, quality, share
 from forerun.bench.sweeps import differing
 from forerun.bench.table import MEANINGS, rows
@@ -44,7 +45,8 @@ def machine(out: Path) -> list[str]:
     return folder.machine(folder.environment(out))
 
 
-def setting(experiment: Experiment) -> list[str]:
+def setting(experiment: Experiment, summary: dict[str, Any], prompts: Sequence[Record]) -> list[str]:
+    """What was asked for, and of what there was; `prompts` are records of one variant."""
     sampling, engine = experiment.sampling, experiment.engine
     how = "greedy" if sampling.temperature == 0 else f"temperature {sampling.temperature:g}"
     size = f"{how}, at most {sampling.max_new} new tokens, {engine.rows} rows"
@@ -52,10 +54,35 @@ def setting(experiment: Experiment) -> list[str]:
     floor = [f"quality floor {experiment.floor}"] if experiment.floor else []
     return [
         f"model {experiment.model.path}, dtype {experiment.model.dtype}",
-        f"workload {experiment.workload.kind}, {experiment.repeats} repeats, {size}; {turns}, warm-up apart",
+        served(experiment, summary.get("workload") or {}, prompts),
+        *[f"workload: {remark}" for remark in (summary.get("workload") or {}).get("remarks") or ()],
+        f"{experiment.repeats} repeats, {size}; {turns}, warm-up apart",
         f"baseline {experiment.baseline_name()}",
         *floor,
     ]
+
+
+def served(experiment: Experiment, source: dict[str, Any], records: Sequence[Record]) -> str:
+    """The workload: where it came from, how much of it was taken and how it was clipped, and how its requests came."""
+    config = experiment.workload
+    lengths = {one.conversation: one.prompt_tokens for one in records if one.turn == 1}
+    asked = config.prompts if config.kind == "synthetic" else config.limit
+    few = f" of {asked} asked" if asked is not None and len(lengths) < asked else ""
+    found = f" of {source['rows']:,} rows found" if source.get("rows") is not None and not few else ""
+    clipped = sum(length == config.max_prompt_tokens for length in lengths.values())
+    concurrency = f"{config.concurrency}" if config.concurrency else f"{experiment.engine.rows} (engine.rows)"
+    told = [
+        f"workload {config.kind}" + (f": {source['name']}" if source.get("name") else ""),
+        str(source.get("origin") or config.path or ""),
+        f"split {source['split']}" if source.get("split") else "",
+        f"{len(lengths)}{few}{found} used",
+        f"limit {config.limit}" if config.limit is not None else "",
+        f"categories {', '.join(config.categories)}" if config.categories else "",
+        f"clipped to {config.max_prompt_tokens} tokens ({clipped} of them so long)" if config.max_prompt_tokens else "",
+        f"licence {source['licence']}" if source.get("licence") else "",
+        f"open loop, {config.rate:g} requests a second (Poisson)" if config.rate else f"closed loop, {concurrency} in flight",
+    ]
+    return ", ".join(one for one in told if one)
 
 
 def write(summary: dict[str, Any], experiment: Experiment, out: Path) -> None:
@@ -69,7 +96,7 @@ def reports(summary: dict[str, Any], experiment: Experiment, run: Path, out: Pat
     configs = experiment.expand()
     records = folder.records(run, list(summary["variants"]))
     found = gather(summary, configs, records, experiment.floor, tuple(experiment.axes))
-    notes = [*machine(run), *setting(experiment)]
+    notes = [*machine(run), *setting(experiment, summary, records.get(summary["baseline"], []))]
     made = [sections.headline(found), *sections.body(found), *sections.appendix(found, notes)]
     publish(headline(summary), experiment.model.path, made, found, out)
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 from forerun.bench import charts, why
 from forerun.bench.blocks import Block, Chart, Charts, Conclusions, Grid, Items, Section, Terms, Text
 from forerun.bench.charts import Bar, Paint, Point, Series, Spot
-from forerun.bench.headline import findings, listed
+from forerun.bench.compressed import acceptance_lost
+from forerun.bench.headline import findings
 from forerun.bench.material import COLOURS, Material, paints
 from forerun.bench.metrics import gaps_ms
 from forerun.bench.show import (
@@ -19,25 +21,35 @@ from forerun.bench.show import (
     measures,
     mebibytes,
     number,
+    own,
     probability,
     share,
     times,
+    titled,
     warning,
     worth,
 )
 from forerun.bench.sweeps import Sweep, shown, sweeps
-from forerun.bench.table import MEANINGS, by_category, count, more, rows
+from forerun.bench.table import MEANINGS, by_category, count, losses, more, remarks, rows
 
 PARTS = ("draft", "verify", "accept", "other")
 INTERVALS = (
     "A figure with an interval, 1.84x (1.71-1.97), is pooled over all prompts; the interval is what 95 % of 2,000 resamplings "
-    "of the prompts give (bootstrap). One that includes 1 shows no difference."
+    "of the prompts give (bootstrap). One that includes 1 shows no difference. Below 8 prompts there is none: 1.84x (n=2) is "
+    "of 2 prompts: no interval, and no conclusion."
 )
 MARKS = (
     "Hollow bars and marks and dashed lines are LOSSY: their text is not the target's, and their speed counts only with its "
     "quality."
 )
-GAPS = "Share of tokens that came within this time of the one before; tokens that came together share their wait."
+LOST = (
+    "No figure counts them, and totals that hold their time (tokens/s, overhead, energy) are left out; each of them is in the "
+    "variant's lost.jsonl."
+)
+GAPS = (
+    "Share of tokens with at most this time each from one delta to the next; tokens that came together share it evenly, though "
+    "a reader sees them at once, after the whole of it."
+)
 
 
 def headline(found: Material) -> Section:
@@ -61,11 +73,8 @@ def everything(found: Material) -> Section:
                 "plain decoding (same target, sampling and engine) holds speculation alone."
             )
         )
-    apart = [name for name, figures in found.measured.items() if figures.get("interleaved") is False]
-    if apart:
-        blocks.append(
-            Text(f"Measured apart from the baseline, so that drift of the machine is in their speed-ups: {listed(apart)}.")
-        )
+    blocks += [Text(f"{line}. {LOST}") for line in losses(found.variants)]
+    blocks += [Text(f"{line}.") for line in remarks(found.variants)]
     return Section("All variants", blocks)
 
 
@@ -83,7 +92,7 @@ def tradeoffs(found: Material) -> Section:
 def against_quality(found: Material, name: str, painted: dict[str, Paint]) -> Chart | None:
     spots, better_low, metric = [], False, name
     for variant, figures in found.measured.items():
-        measure = (figures.get("quality") or {}).get(name)
+        measure = own(figures).get(name)
         (x, x_low, x_high), (y, low, high) = bounds(figures.get("speedup")), bounds(measure)
         if x is None or y is None or measure is None:
             continue
@@ -93,7 +102,7 @@ def against_quality(found: Material, name: str, painted: dict[str, Paint]) -> Ch
         spots.append(Spot(variant, painted[variant], x, y, x_low, x_high, low, high, memory, note))
     if len(spots) < 2:
         return None
-    label = f"{name if metric == name else f'{name} {metric}'} ({'lower' if better_low else 'higher'} is better)"
+    label = f"{titled(name, metric)} ({'lower' if better_low else 'higher'} is better)"
     caption = "Up and to the right is better; the dotted line joins what nothing beats; a spot's area is its memory."
     return Chart(charts.tradeoff(spots, "speed-up", label, less_is_better=better_low), caption, spot_legend(spots))
 
@@ -201,12 +210,15 @@ def categories(found: Material) -> Section:
     lines, tints = by_category(found.summary)
     if len(lines) < 2:
         return Section("Speed-up by category", [])
-    note = "Blue is faster than the baseline on these prompts, orange slower; untinted intervals include 1."
+    note = (
+        "An interval above 1 is faster than the baseline on these prompts (in report.html blue), one below 1 slower (orange); "
+        "one that includes 1, and a figure without an interval, shows no difference."
+    )
     return Section("Speed-up by category", [Grid(lines, tints), Text(note)])
 
 
 def latency(found: Material) -> Section:
-    """How long requests take, and how long a reader waits for the next token, as cumulative shares."""
+    """How long requests take, and the time between tokens, as cumulative shares."""
     painted = paints(found.variants, set(found.baselines.values()))
     whole = {name: sorted(1e3 * record.total_s for record in records) for name, records in found.records.items() if records}
     gaps = {name: sorted(gap for gap in gaps_ms(records) if gap > 0) for name, records in found.records.items()}
@@ -284,15 +296,13 @@ def metric_of(figures: Figures, metric: str) -> tuple[float | None, float | None
         return bounds(figures.get("speedup"))
     if metric == "acceptance":
         return figures.get("acceptance_rate"), None, None
-    return bounds((figures.get("quality") or {}).get(metric))
+    return bounds(own(figures).get(metric))
 
 
 def cell(figures: Figures, metric: str) -> str:
     if metric == "speed-up":
         return interval(figures.get("speedup"))
-    return (
-        share(figures.get("acceptance_rate")) if metric == "acceptance" else worth((figures.get("quality") or {}).get(metric))
-    )
+    return share(figures.get("acceptance_rate")) if metric == "acceptance" else worth(own(figures).get(metric))
 
 
 def reasons(found: Material) -> Section:
@@ -306,24 +316,41 @@ def reasons(found: Material) -> Section:
 
 
 def quality_details(found: Material) -> Section:
-    """Everything that each measure of quality says."""
+    """Everything that each measure of quality says; a score that several variants of one model share once."""
     lines = [["variant", "measure", "metric", "value", "count", "better", "McNemar p", "greedy outputs equal", "details"]]
     for name, figures in found.measured.items():
         for measure, one in (figures.get("quality") or {}).items():
             if one.get("error"):
                 lines.append([name, measure, "failed", str(one["error"]), *["-"] * 5])
                 continue
+            if one.get("shared_with") in found.measured:
+                continue
             p, equal, higher = one.get("mcnemar_p"), one.get("greedy_equal"), one.get("higher_is_better")
-            details = ", ".join(
-                f"{key} {value}" for key, value in (one.get("details") or {}).items() if isinstance(value, str | int | float)
-            )
+            said_of = ["of the target, not of this variant's text"] if one.get("of_target") else []
+            details = "; ".join([*said_of, *detailed(one.get("details") or {})])
             said = "-" if equal is None else share(equal) if isinstance(equal, float) else str(equal).lower()
             better = "-" if higher is None else "higher" if higher else "lower"
             counted = number(one.get("count"), 0)
             lines.append(
                 [name, measure, one.get("metric") or "-", worth(one), counted, better, probability(p), said, details or "-"]
             )
-    return Section("Quality", [Grid(lines)] if len(lines) > 1 else [])
+    note = Text(
+        "A score by likelihood is the model's, whatever drafts for it: it stands here once, with the first of its variants."
+    )
+    shared = any(one.get("shared_with") for v in found.measured.values() for one in (v.get("quality") or {}).values())
+    return Section("Quality", [Grid(lines), *([note] if shared else [])] if len(lines) > 1 else [])
+
+
+def detailed(details: dict[str, Any], path: str = "") -> Iterator[str]:
+    """Everything that a measure was told of, under its name: `sandbox mode namespaces`."""
+    for key, value in details.items():
+        name = f"{path} {key}".strip()
+        if isinstance(value, dict):
+            yield from detailed(value, name)
+        elif isinstance(value, list | tuple):
+            yield f"{name} {', '.join(map(str, value[:5]))}{f' and {len(value) - 5} more' if len(value) > 5 else ''}"
+        elif value is not None:
+            yield f"{name} {f'{value:.6g}' if isinstance(value, float) else str(value)}"
 
 
 def appendix(found: Material, notes: Sequence[str]) -> list[Section]:
@@ -342,8 +369,8 @@ def appendix(found: Material, notes: Sequence[str]) -> list[Section]:
 def body(found: Material) -> list[Section]:
     """What a run's report says after its headline."""
     return [
-        speedups(found), everything(found), tradeoffs(found), positions(found), round_parts(found), categories(found),
-        latency(found), *swept(found), reasons(found), quality_details(found),
+        speedups(found), everything(found), tradeoffs(found), acceptance_lost(found), positions(found), round_parts(found),
+        categories(found), latency(found), *swept(found), reasons(found), quality_details(found),
     ]  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from forerun.bench.metrics import Record, RoundRecord
+from forerun.bench.metrics import Lost, Record, RoundRecord
 from forerun.config import Experiment, Variant
 from forerun.types import Backend, Delta, Request, Sampling
 from forerun.workload import Prompt
@@ -93,7 +93,9 @@ class Desk:
                 self.continue_from(delta.id, now)
 
     def continue_from(self, id: str, now: float) -> None:
-        """A conversation goes on before a new one begins."""
+        """A conversation goes on before a new one begins; not after an answer that was lost."""
+        if was_lost(self.got[id, 0]):
+            return
         text = "".join(delta.text for _, delta in self.got[id, 0])
         after = self.follow(id, text) if self.follow is not None else None
         if after is not None:
@@ -140,6 +142,15 @@ def serve(
         desk.cancel()
         raise
     return desk.got
+
+
+def was_lost(arrivals: Arrivals) -> bool:
+    """Whether the backend gave a completion up, as one does whose server went away; its `facts["lost"]` says why."""
+    return bool(arrivals) and arrivals[-1][1].finish == "cancelled"
+
+
+def to_lost(prompt: Prompt, repeat: int, index: int, arrivals: Arrivals, turn: int, reason: str) -> Lost:
+    return Lost(prompt.id, prompt.category, repeat, index, turn, sum(len(delta.tokens) for _, delta in arrivals), reason)
 
 
 def to_record(prompt: Prompt, repeat: int, index: int, arrivals: Arrivals, turn: int = 1) -> Record:

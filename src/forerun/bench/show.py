@@ -6,6 +6,10 @@ from typing import Any
 
 Figures = dict[str, Any]
 ABSENT = "-"
+GENERATED = (
+    "perplexity and choices score the target, whatever drafts for it and accepts: ask for a measure that writes text (quality: "
+    "gsm8k, humaneval or mbpp)"
+)
 
 
 def at(figures: Figures, path: str) -> Any:
@@ -33,8 +37,9 @@ def times(value: float | None) -> str:
 def interval(figures: dict[str, float | None] | None) -> str:
     """A ratio with its interval: 1.84x (1.71-1.97)."""
     value, low, high = bounds(figures)
-    if value is None or low is None or high is None or low == high:  # one prompt, or the baseline itself
-        return times(value)
+    if value is None or low is None or high is None or low == high:  # too few prompts, or the baseline itself
+        prompts = (figures or {}).get("prompts")
+        return times(value) + (f" (n={prompts})" if value is not None and low is None and prompts else "")
     return f"{value:.2f}x ({low:.2f}-{high:.2f})"
 
 
@@ -59,13 +64,26 @@ def mark(figures: Figures) -> str:
     return "LOSSY" if tv is None else "LOSSY <.01" if tv < 0.005 else f"LOSSY {tv:.2f}".replace(" 0.", " .")
 
 
+def own(figures: Figures) -> dict[str, Any]:
+    """The measures of quality that speak of the variant's own text: under a lossy rule, not those of the target alone."""
+    return {name: one for name, one in (figures.get("quality") or {}).items() if not one.get("of_target")}
+
+
+def unjudged(variants: dict[str, Figures]) -> list[str]:
+    """Variants under a lossy rule whose text nothing has judged."""
+    return [
+        name for name, v in variants.items()
+        if v.get("error") is None and v.get("lossless") is False and not v.get("meaningless") and not own(v)
+    ]  # fmt: skip
+
+
 def warning(figures: Figures) -> str:
     """What a speed-up in a chart must not be seen without."""
     if figures.get("meaningless"):
         return "meaningless text"
     if figures.get("lossless") is not False:
         return ""
-    return f"LOSSY, {'quality -' if not figures.get('quality') else quality(figures).partition(';')[0]}"
+    return f"LOSSY, {'quality -' if not own(figures) else quality(figures).partition(';')[0]}"
 
 
 def measures(variants: dict[str, Figures]) -> list[str]:
@@ -93,8 +111,18 @@ def probability(value: float | None) -> str:
 
 def quality(figures: Figures) -> str:
     """What the text is worth, in a few words: each measure without its interval."""
-    found = figures.get("quality") or {}
-    return "; ".join(f"{name} {worth(one).partition(' ')[0]}" for name, one in found.items()) or ABSENT
+    return "; ".join(f"{name} {worth(one).partition(' ')[0]}" for name, one in own(figures).items()) or ABSENT
+
+
+def titled(name: str, metric: str | None) -> str:
+    """A measure with its metric where that says more: `perplexity`, `perplexity bits per byte`, `race-high acc`."""
+    measure = name.removesuffix(f"/{metric}")
+    return measure if metric is None or f"{measure}-".startswith(f"{metric}-") else f"{measure} {str(metric).replace('_', ' ')}"
+
+
+def short(commit: str) -> str:
+    """The first letters of a commit, and the mark of a checkout that was changed since."""
+    return f"commit {commit[:12]}{'+' if commit.endswith('+') else ''}" if len(commit) > 12 else commit
 
 
 def mebibytes(value: float | None) -> str:

@@ -9,8 +9,10 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+from forerun.bench.headline import listed
 from forerun.bench.show import (
     ABSENT,
+    GENERATED,
     Figures,
     at,
     bounds,
@@ -19,9 +21,13 @@ from forerun.bench.show import (
     measures,
     mebibytes,
     number,
+    own,
     probability,
     quality,
     share,
+    short,
+    titled,
+    unjudged,
     worth,
 )  # fmt: skip
 
@@ -47,7 +53,7 @@ ON_TERMINAL: dict[str, Show] = {
     "tok/s": COLUMNS["tokens/s"],
     "ms/tok": COLUMNS["ms/token"],
     "speed-up": COLUMNS["speed-up"],
-    "quality": lambda v: quality(v).partition(";")[0].rpartition(" ")[2],
+    "quality": quality,
     "accept": COLUMNS["acceptance"],
     "t/round": COLUMNS["tokens/round"],
     "exact": COLUMNS["exact"],
@@ -59,6 +65,7 @@ MORE: dict[str, Show] = {
     "first token ms p50/p95/p99": lambda v: percentiles(v, "ttft_ms"),
     "between tokens ms p50/p95/p99": lambda v: percentiles(v, "inter_token_ms"),
     "request ms p50/p95/p99": lambda v: percentiles(v, "latency_ms"),
+    "in flight": lambda v: number(v.get("in_flight"), 2),
     "rounds": lambda v: number(count(v, "rounds"), 0),
     "rollbacks": lambda v: number(count(v, "rollbacks"), 0),
     "draft wastage": lambda v: share(v.get("draft_wastage")),
@@ -90,7 +97,11 @@ MEANINGS = {
     "overhead": "seconds of a round in plain steps; speed-up = tokens/round over overhead, up to the residual",
     "exact": "share of greedy requests that equal the baseline's plain decoding token for token",
     "memory": "peak of a process of its own: resident memory, on a GPU what torch allocated there",
-    "between tokens ms p50/p95/p99": "time between tokens as a reader sees them",
+    "between tokens ms p50/p95/p99": "time from one delta to the next, in equal parts for the delta's tokens: a reader sees "
+    "them together, after the whole of it",
+    "first token ms p50/p95/p99": "p95 needs 20 requests and p99 100; n: how many there were",
+    "in flight": "requests in flight on average while the variant had the machine: seconds of all requests over its seconds; a "
+    "turn of it starts empty and drains at its end",
     "rollbacks": "rounds in which a drafted token was refused",
     "draft wastage": "drafted tokens that were refused, of all drafted",
     "verification wastage": "positions that the target computed and nothing came of, of all it computed",
@@ -107,23 +118,62 @@ def count(figures: Figures, name: str) -> int | None:
     return value
 
 
+def remarks(variants: dict[str, Figures]) -> list[str]:
+    """What a figure must not be read without: tasks that were refused, texts that nothing judged, times that were not
+    interleaved, and commits that differ.
+    """
+    measured = {name: figures for name, figures in variants.items() if figures.get("error") is None}
+    found: list[str] = []
+    for name, figures in measured.items():
+        for measure, one in (figures.get("quality") or {}).items():
+            if refused := at(one, "details.refused.tasks"):
+                first = at(one, "details.refused.first")
+                found.append(f"{measure} of {name}: {len(refused)} tasks were refused and count as failed; the first: {first}")
+    if lossy := unjudged(measured):
+        found.append(f"Nothing judged the text of {listed(lossy)}: {GENERATED}")
+    if apart := [name for name, figures in measured.items() if figures.get("interleaved") is False]:
+        found.append(f"Measured apart from the baseline, so that drift of the machine is in their speed-ups: {listed(apart)}")
+    commits = {figures["commit"]: name for name, figures in reversed(measured.items()) if figures.get("commit")}
+    if len(commits) > 1:
+        told = [f"{short(commit)} ({name})" for commit, name in reversed(commits.items())]
+        found.append(f"Measured at different commits of forerun: {listed(told)}")
+    return found
+
+
+def losses(variants: dict[str, Figures]) -> list[str]:
+    """For each variant that lost requests, how many, and why."""
+    found = []
+    for name, figures in variants.items():
+        lost = at(figures, "lost.requests") or 0
+        asked = lost + (count(figures, "requests") or 0)
+        if lost and figures.get("error") is None:
+            found.append(f"{name} lost {lost} of {asked} requests: {at(figures, 'lost.why')}")
+    return found
+
+
 def thousandfold(value: float | None) -> float | None:
     return None if value is None else 1e3 * value
 
 
 def percentiles(figures: Figures, name: str) -> str:
     found = [at(figures, f"{name}.{key}") for key in ("p50", "p95", "p99")]
-    return ABSENT if found[0] is None else " / ".join(number(value, 1) for value in found)
+    few = f" (n={count(figures, 'requests')})" if None in found else ""
+    return ABSENT if found[0] is None else " / ".join(number(value, 1) for value in found) + few
 
 
 def measured_cell(name: str) -> Show:
-    """A quality column: the figure with its interval and, where outcomes are paired, the p of McNemar's test."""
+    """A quality column: the figure with its interval and, where outcomes are paired, the p of McNemar's test.
+
+    A score that is the model's stands beside one of its variants, and under a lossy rule beside none.
+    """
 
     def show(figures: Figures) -> str:
-        one = at(figures, "quality") or {}
-        found = one.get(name)
-        p = (found or {}).get("mcnemar_p")
-        return worth(found) + (f", p {probability(p)}" if p is not None else "")
+        found = (figures.get("quality") or {}).get(name) or {}
+        if found.get("of_target") or found.get("shared_with"):
+            return "of the target" if found.get("of_target") else f"as {found['shared_with']}"
+        p, refused = found.get("mcnemar_p"), at(found, "details.refused.tasks")
+        said = worth(found or None) + (f", p {probability(p)}" if p is not None else "")
+        return said + (f", {len(refused)} refused" if refused else "")
 
     return show
 
@@ -135,8 +185,7 @@ def quality_columns(variants: dict[str, Figures]) -> dict[str, Show]:
         metrics = [
             at(figures, "quality").get(name, {}).get("metric") for figures in variants.values() if figures.get("quality")
         ]
-        metric = next((one for one in metrics if one), name)
-        columns[name if metric == name else f"{name} {metric}"] = measured_cell(name)
+        columns[titled(name, next((one for one in metrics if one), name))] = measured_cell(name)
     return columns
 
 
@@ -183,11 +232,19 @@ def table(summary: dict[str, Any], title: str, found: str) -> Table:
     judged = any_lossy(summary) or bool(measures(summary["variants"]))
     hidden = ("ms/tok", "MiB") if judged else ("quality",)
     shown = {name: show for name, show in ON_TERMINAL.items() if name not in hidden}
+    variants = summary["variants"]
+    judging = [name for v in variants.values() if v.get("lossless") is False for name in own(v)]
+    chosen = next(iter([*judging, *measures(variants)]), None)
+    if judged:
+        shown["quality"] = lambda v: worth(own(v).get(chosen or "")).partition(" ")[0]
+    prompts = sorted({n for v in variants.values() if (n := at(v, "speedup.prompts"))})
+    over = f", n={'-'.join(str(one) for one in (*prompts[:1], *prompts[1:][-1:]))} prompts" if prompts else ""
     caption = f"{found}\n" if found else ""
-    caption += f"speed-up over {summary['baseline']} (bootstrap 95 %); more in report.md\n"
+    caption += f"speed-up over {summary['baseline']} (bootstrap 95 %{over}); more in report.md\n"
     caption += "lossless, or LOSSY with its worst total variation: by exact enumeration"
-    if first := next(iter(measures(summary["variants"])), None):
-        caption += f"\nquality: {first}"
+    if chosen:
+        caption += f"\nquality: {chosen}"
+    caption += "".join(f"\n{line}" for line in (*losses(variants), *remarks(variants)))
     made = Table(title=escape(title), caption=escape(caption), box=box.SIMPLE_HEAD, padding=0)
     made.add_column("variant", overflow="fold", min_width=9)
     for name in shown:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TextIO
 
@@ -14,12 +14,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from forerun import workload
 from forerun.bench import kept
 from forerun.bench.lanes import Lane, guarded
-from forerun.bench.serve import poisson, request, reseed, serve, to_record
+from forerun.bench.metrics import losses
+from forerun.bench.serve import Arrivals, poisson, request, reseed, serve, to_lost, to_record, was_lost
 from forerun.config import Experiment
-from forerun.types import Phases, Request, UserError
+from forerun.types import Backend, Phases, Request, UserError
 from forerun.workload import Prompt
 
 COLUMNS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+UNSAID = "the backend gave it up and does not say why"
 
 
 def rotate(lanes: Sequence[Lane], baseline: str, experiment: Experiment, console: Console) -> None:
@@ -44,6 +46,10 @@ def rotate(lanes: Sequence[Lane], baseline: str, experiment: Experiment, console
                     with guarded(lane, baseline):
                         measure_chunk(lane, prompts, experiment, repeat, files[lane.name])
                     progress.advance(bars[lane.name], len(prompts))
+    for lane in lanes:
+        if lane.backend is not None and lane.lost and not lane.records:
+            with guarded(lane, baseline):
+                raise UserError(f"all {len(lane.lost)} requests were lost: {losses(lane.lost)['why']}")
 
 
 def in_flight(lane: Lane, experiment: Experiment) -> int:
@@ -94,12 +100,26 @@ def measure_chunk(lane: Lane, prompts: Sequence[Prompt], experiment: Experiment,
     lane.readings.append(reading)
     lane.wall_seconds += reading.seconds
     lane.phases = added(lane.phases, before, backend.phases)
+    why = reasons(backend, served)
     for prompt, one, turn in asked.values():
         for index in range(one.sampling.n):
+            if was_lost(served[one.id, index]):
+                lost = to_lost(prompt, repeat, index, served[one.id, index], turn, why.get((one.id, index), UNSAID))
+                lane.lost.append(lost)
+                with (lane.folder / kept.LOST).open("a", encoding="utf-8") as lines:
+                    lines.write(json.dumps(dataclasses.asdict(lost), ensure_ascii=False) + "\n")
+                continue
             record = to_record(prompt, repeat, index, served[one.id, index], turn)
             lane.records.append(record)
             file.write(json.dumps(record.to_json(), ensure_ascii=False) + "\n")
     file.flush()
+
+
+def reasons(backend: Backend, served: Mapping[tuple[str, int], Arrivals]) -> dict[tuple[str, int], str]:
+    """Why completions were lost, by request id and index; asked only where one was, for a server is asked for its facts."""
+    if not any(map(was_lost, served.values())):
+        return {}
+    return {(one["id"], one["index"]): one["reason"] for one in backend.facts.get("lost") or ()}
 
 
 def added(total: Phases | None, before: Phases | None, after: Phases | None) -> Phases | None:
