@@ -1,4 +1,4 @@
-"""What packed layers save: decoding, prefill, scoring five tokens and bytes, on random weights of a Llama geometry.
+"""What packed layers save: decoding, prefill, scoring several tokens at once and bytes, on random weights of a Llama geometry.
 
     python benchmarks/packed.py --threads 2
 
@@ -15,7 +15,7 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -120,12 +120,12 @@ def variants(geometry: str) -> dict[str, Callable[[], nn.Module]]:
 class Subject:
     """One variant, ready to be timed."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, rows: Sequence[int]) -> None:
         self.bytes = weight_bytes(model)
         self.target = Target(model, compile=False)
         self.cache: KVCache = self.target.new_cache(1, 512)
         self.prompt = torch.arange(PROMPT).tolist()
-        self.trees = {nodes: chain(torch.tensor([1]), [list(range(2, nodes + 1))]) for nodes in (1, 5)}
+        self.trees = {nodes: chain(torch.tensor([1]), [list(range(2, nodes + 1))]) for nodes in (1, *rows)}
         self.target.prefill(self.prompt, self.cache, 0)
 
     def score(self, nodes: int) -> float:
@@ -144,9 +144,8 @@ class Subject:
 def timed(subject: Subject, calls: int) -> dict[str, float]:
     """One turn of a variant: medians in milliseconds."""
     subject.score(1)
-    turns = {"decode": lambda: subject.score(1), "five": lambda: subject.score(5)}
-    found = {name: statistics.median(turn() for _ in range(calls)) * 1e3 for name, turn in turns.items()}
-    return found | {"prefill": min(subject.prefill() for _ in range(2)) * 1e3}
+    found = {str(nodes): statistics.median(subject.score(nodes) for _ in range(calls)) * 1e3 for nodes in subject.trees}
+    return found | {"decode": found["1"], "prefill": min(subject.prefill() for _ in range(2)) * 1e3}
 
 
 def ratios(rounds: list[dict[str, dict[str, float]]], top: tuple[str, str], below: tuple[str, str]) -> list[float]:
@@ -158,15 +157,16 @@ def spread(values: list[float]) -> str:
     return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
-def table(rounds: list[dict[str, dict[str, float]]], held: dict[str, int]) -> Iterator[str]:
-    yield "| weights | bytes of plain | decode, ms | speed-up | over bf16 packed | prefill, plain / this | five over one |"
-    yield "|---|---|---|---|---|---|---|"
+def table(rounds: list[dict[str, dict[str, float]]], held: dict[str, int], rows: Sequence[int]) -> Iterator[str]:
+    over_one = "".join(f" {nodes} tokens over one |" for nodes in rows)
+    yield f"| weights | bytes of plain | decode, ms | speed-up | over bf16 packed | prefill, plain / this |{over_one}"
+    yield "|---" * (6 + len(rows)) + "|"
     for name, size in held.items():
         cells = [name, f"{size / held[PLAIN]:.3f}", spread([each[name]["decode"] for each in rounds])]
         cells.append(spread(ratios(rounds, (PLAIN, "decode"), (name, "decode"))))
         cells.append(spread(ratios(rounds, ("bf16", "decode"), (name, "decode"))) if "bf16" in held else "")
         cells.append(spread(ratios(rounds, (PLAIN, "prefill"), (name, "prefill"))))
-        cells.append(spread(ratios(rounds, (name, "five"), (name, "decode"))))
+        cells += [spread(ratios(rounds, (name, str(nodes)), (name, "decode"))) for nodes in rows]
         yield f"| {' | '.join(cells)} |"
 
 
@@ -185,6 +185,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--calls", type=int, default=10, help="of each kind, in a variant's turn of a round")
+    parser.add_argument("--rows", type=int, nargs="+", default=[5], help="tokens that are scored in one pass, beside one")
     parser.add_argument("--json", default="benchmarks/results/packed.json", help="where every measurement is written")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -193,7 +194,7 @@ def main() -> None:
         for name, make in variants(options.geometry).items():
             if name == PLAIN or not options.only or name.startswith(tuple(options.only)):
                 try:
-                    subjects[name] = Subject(make())
+                    subjects[name] = Subject(make(), options.rows)
                 except ImportError as error:
                     print(f"left out {name}: {error}")
                 gc.collect()
@@ -206,7 +207,7 @@ def main() -> None:
     print(
         f"{environment()['cpu']}, load when done {os.getloadavg()[0]:.1f}; median (lowest to highest) of {len(rounds)} rounds"
     )
-    print(*table(rounds, held), *pruned_lines(rounds, held), sep="\n")
+    print(*table(rounds, held, options.rows), *pruned_lines(rounds, held), sep="\n")
     found = {"environment": environment(), "options": vars(options), "bytes": held, "rounds_ms": rounds}
     Path(options.json).write_text(json.dumps(found, indent=1, default=str) + "\n")
 

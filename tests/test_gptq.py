@@ -336,8 +336,11 @@ def test_windows_are_texts_end_to_end() -> None:
 
 def test_a_model_writes_its_own_calibration_texts() -> None:
     model = copy.deepcopy(tiny("llama", scale=0.2))
-    own = calibrate.written(model, samples=40, length=12, seed=3, rows=16)
+    told: list[tuple[int, int]] = []
+    own = calibrate.written(model, samples=40, length=12, seed=3, rows=16, tell=lambda *counts: told.append(counts))
     assert own.shape == (40, 12)
+    assert told == sorted(told)
+    assert told[-1] == (40 * 12, 40 * 12)
     assert torch.equal(own, calibrate.written(model, 40, 12, seed=3, rows=16))
     assert not torch.equal(own, calibrate.written(model, 40, 12, seed=4, rows=16))
     assert len(own[:, 0].unique()) > 10
@@ -349,6 +352,25 @@ def test_a_model_writes_its_own_calibration_texts() -> None:
     counts = many[:, 1:].flatten().bincount(minlength=97)
     assert counts.max() < 40, "a model of equal logits draws evenly: 10.3 of each token on average"
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_texts_are_drawn_from_the_models_own_laws() -> None:
+    model, start = copy.deepcopy(tiny("llama", scale=0.2)), 5
+    laws_V = model(input_ids=torch.tensor([[start]]), use_cache=False).logits[0, -1].softmax(-1)
+    model.config.bos_token_id = start
+    counts_V = calibrate.written(model, samples=4000, length=2, seed=1)[:, 1].bincount(minlength=len(laws_V))
+    expected_V = 4000 * laws_V
+    score = float(((counts_V - expected_V) ** 2 / expected_V).sum())
+    assert score < 160, "chi-square of 96 degrees of freedom: 160 is exceeded once in 20,000 times"
+
+
+def test_as_many_texts_at_a_time_as_their_cache_leaves_room_for() -> None:
+    model = tiny("llama")
+    assert calibrate.rows_at_once(model, 512) == 128, "a small model's cache is no limit"
+    text = model.config
+    assert calibrate.rows_at_once(model, 10**9) == 8
+    row = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * model.dtype.itemsize
+    assert calibrate.rows_at_once(model, calibrate.CACHE_BYTES // (40 * row)) == 40
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -126,7 +126,7 @@ def test_4_bit_products(kernel, shape, group_size, symmetric):
     layer = packed_layer(codes, bias)
     assert isinstance(layer, Int4Linear)
     assert error(layer.weight, codes.dequantize(torch.float32)) < BF16
-    for rows in (1, 4, 5, MANY, MANY + 1):
+    for rows in (1, 4, 5, 11, MANY, MANY + 1):  # whole blocks of four rows, and a rest of each kind
         states = torch.randn(1, rows, shape[1])
         expected = functional.linear(states.double(), layer.weight.double(), bias.double())
         assert error(layer(states), expected) < 2 * BF16

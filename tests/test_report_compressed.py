@@ -10,13 +10,15 @@ from forerun.bench.compressed import HEADER, acceptance_lost, uncompressed
 from forerun.bench.material import gather
 from forerun.bench.metrics import summarize
 from forerun.bench.show import number, share
-from report_world import RICH
+from report_world import RICH, Truth
 
 
 def test_a_drafter_finds_itself_on_the_uncompressed_target() -> None:
     configs = world.experiment(RICH).expand()
     assert uncompressed(configs) == {"4-bit, model k=4": "model, k=4"}
     assert "4-bit plain" not in uncompressed(configs), "plain decoding drafts nothing"
+    other = {"model, k=4": RICH["model, k=4"], "other": (RICH["4-bit, model k=4"][0] | {"model.dtype": "float32"}, Truth())}
+    assert uncompressed(world.experiment(other).expand()) == {}, "what differs in more than the recipes is no comparison"
 
 
 def test_both_acceptances_stand_side_by_side_with_the_ratio_of_paired_rounds(tmp_path: Path) -> None:

@@ -9,12 +9,17 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from forerun.build import Models
+from forerun.compress.run import compress
+from forerun.config import Compression, ModelConfig, parse
 from forerun.heads import store
 from forerun.train import loop
 from forerun.train import run as running
+from forerun.train.data import read
 from forerun.train.run import train
 from forerun.train.settings import Training, load
 from forerun.train.teacher import Streamed
+from forerun.train.written import continued
 from forerun.types import UserError
 from forerun.verbs import train as verb
 from models import BUILDERS, VOCABULARY
@@ -200,6 +205,40 @@ def test_the_target_writes_what_is_learned_once(
     assert teller.words == ["texts written by the target"]
     monkeypatch.setattr("forerun.train.written.write", None)
     train(config.model_copy(update={"steps": 8}), tmp_path / "run", Silent())
+
+
+def test_recipes_make_the_target_that_teaches(
+    target: Path, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORERUN_CACHE", str(tmp_path / "cache"))
+    recipe = {"kind": "rtn", "bits": 4, "group_size": 32}
+    model = {"path": str(target), "dtype": "float32", "device": "cpu"}
+    losses = {}
+    for name, over in (
+        ("plain", model), ("recipe", model | {"recipes": [recipe]}), ("folder", model | {"path": str(tmp_path / "small")})
+    ):  # fmt: skip
+        if name == "folder":
+            config = parse(Compression, {"model": model, "recipes": [recipe]}, "test")
+            compress(config, tmp_path / "small", lambda *_: None)
+        teller = Silent()
+        train(settings("medusa", target, tokens, tmp_path, model=over), tmp_path / name, teller)
+        losses[name] = teller.losses
+    assert losses["recipe"] == losses["folder"]
+    assert losses["recipe"] != losses["plain"]
+
+
+def test_a_target_of_other_codes_writes_anew(
+    target: Path, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORERUN_CACHE", str(tmp_path / "cache"))
+    for bits in (4, 8):
+        model = {"path": str(target), "dtype": "float32", "device": "cpu", "pack": False}
+        loaded = Models(lambda _: None).target(ModelConfig(**model, recipes=[{"kind": "rtn", "bits": bits, "group_size": 32}]))
+        config = settings("medusa", target, tokens, tmp_path, write={"prompt": 4, "new": 8, "sequences": 4})
+        source = read(config.data, None, VOCABULARY)
+        assert config.write is not None
+        continued(loaded.model, source, config.write, tmp_path / "written", frozenset(), lambda *_: None)
+    assert len(list((tmp_path / "written").glob("*.npz"))) == 2
 
 
 def test_autocast_trains_and_leaves_float32_weights(target: Path, tokens: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from forerun.compress.prune import linear
 from forerun.packed.codes import CodedLinear
+from forerun.sampling import exponentials, race
 from forerun.types import UserError
 
 Statistic = Literal["hessian", "magnitude"]
@@ -24,6 +25,8 @@ Replacements = Mapping[str, nn.Module]
 """New modules of one decoder layer by their names within it, such as `mlp.down_proj`."""
 HALVED = 256
 """Rows of a Hessian that are summed in one product."""
+CACHE_BYTES = 2 << 30
+"""Most that the KV cache of texts being written takes, where that leaves room for eight."""
 
 
 @dataclass
@@ -80,22 +83,44 @@ def windows(texts: Sequence[Sequence[int]], samples: int, length: int, seed: int
 
 
 @torch.inference_mode()
-def written(model: PreTrainedModel, samples: int, length: int, seed: int = 0, rows: int = 32) -> Tensor:
-    """Token ids [S, T] that the model itself writes at temperature 1, after its BOS token or a random one."""
+def written(
+    model: PreTrainedModel,
+    samples: int,
+    length: int,
+    seed: int = 0,
+    rows: int | None = None,
+    tell: Callable[[int, int], None] = lambda _done, _all: None,
+) -> Tensor:
+    """Token ids [S, T] that the model itself writes at temperature 1, after its BOS token or a random one.
+
+    `rows` texts at a time, by default as many as `rows_at_once` says; `tell` hears how many of how many tokens are written.
+    """
     vocabulary, bos = model.get_output_embeddings().out_features, model.config.get_text_config(decoder=True).bos_token_id
     low, high = (0, vocabulary) if bos is None else (bos, bos + 1)
+    rows = rows or rows_at_once(model, length)
+    stream = torch.Generator(model.device).manual_seed(seed)
     parts = []
-    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        for start in range(0, samples, rows):
-            tokens = [torch.randint(low, high, (min(rows, samples - start), 1), device=model.device)]
-            cache: Any = None
-            while len(tokens) < length:
-                out = model(input_ids=tokens[-1], past_key_values=cache, use_cache=True, logits_to_keep=1)
-                cache = out.past_key_values
-                tokens.append(out.logits[:, -1].float().softmax(-1).multinomial(1))
-            parts.append(torch.cat(tokens, 1).cpu())
+    for start in range(0, samples, rows):
+        count = min(rows, samples - start)
+        tokens = [torch.randint(low, high, (count, 1), generator=stream, device=model.device)]
+        cache: Any = None
+        while len(tokens) < length:
+            out = model(input_ids=tokens[-1], past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache, laws_SV = out.past_key_values, out.logits[:, -1].float().softmax(-1)
+            drawn_SV = exponentials([stream], laws_SV.numel(), laws_SV.device).view_as(laws_SV)
+            tokens.append(race(laws_SV, drawn_SV)[:, None])
+            tell(start * length + count * len(tokens), samples * length)
+        parts.append(torch.cat(tokens, 1).cpu())
     return torch.cat(parts)
+
+
+def rows_at_once(model: PreTrainedModel, length: int) -> int:
+    """How many texts are written at a time: many, since a pass costs little more for them, while their KV cache is small."""
+    text: Any = model.config.get_text_config(decoder=True)
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    row_bytes = 2 * text.num_hidden_layers * heads * size * model.dtype.itemsize * length
+    return int(max(8, min(128, CACHE_BYTES // row_bytes)))
 
 
 def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:

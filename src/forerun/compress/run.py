@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -211,24 +212,23 @@ def calibration(config: CalibrationConfig, loaded: Loaded, tell: Tell) -> Tensor
     limit = getattr(loaded.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if limit is not None and config.length > limit:  # before such texts are written or read
         raise UserError(f"calibration.length={config.length}: the model takes at most {limit} tokens")
-    tell("calibration texts", 0, 1)
     if config.workload is None:
-        tokens_ST = calibrate.written(loaded.model, config.samples, config.length, config.seed)
-    else:
-        if loaded.tokenizer is None:
-            raise UserError("calibration.workload: the model has no tokenizer; leave it out, and the model writes texts itself")
-        documents = list(texts(config.workload))
-        random.Random(config.seed).shuffle(documents)
-        rows: list[list[int]] = []
-        missing = config.samples * config.length
-        for document in documents:  # no more are read than are wanted: a data set may have millions
-            rows.append(loaded.tokenizer(document, verbose=False)["input_ids"])
-            missing -= len(rows[-1])
-            if missing <= 0:
-                break
-        tokens_ST = calibrate.windows(rows, config.samples, config.length, config.seed)
+        say = partial(tell, "calibration texts that the model writes")
+        return calibrate.written(loaded.model, config.samples, config.length, config.seed, tell=say)
+    if loaded.tokenizer is None:
+        raise UserError("calibration.workload: the model has no tokenizer; leave it out, and the model writes texts itself")
+    tell("calibration texts", 0, 1)
+    documents = list(texts(config.workload))
+    random.Random(config.seed).shuffle(documents)
+    rows: list[list[int]] = []
+    missing = config.samples * config.length
+    for document in documents:  # no more are tokenized than are wanted: a data set may have millions
+        rows.append(loaded.tokenizer(document, verbose=False)["input_ids"])
+        missing -= len(rows[-1])
+        if missing <= 0:
+            break
     tell("calibration texts", 1, 1)
-    return tokens_ST
+    return calibrate.windows(rows, config.samples, config.length, config.seed)
 
 
 def bytes_held(model: nn.Module) -> int:

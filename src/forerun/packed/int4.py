@@ -20,6 +20,7 @@ from forerun.packed.prepacked import frozen
 GROUPS = (256, 128, 64, 32)  # inputs of a group that the kernel takes
 MULTIPLE = 64  # of outputs; in a smaller last block the kernel lays codes out in another way
 MANY = 32  # more rows than these are multiplied by the dequantized weight: the kernel's time grows with every four rows
+BLOCK = 4  # rows for which the kernel unpacks a weight once
 TILE = 1 << 20  # weights that are dequantized at a time: 4 MB
 
 
@@ -58,8 +59,11 @@ class CpuKernel:
             many: Tensor = wide_product(inputs_MK, packed, scales_GN2, self.block, self.wide)
             return many
         few_MK = inputs_MK.bfloat16().contiguous()  # with other dtypes the kernel is a slow reference loop
-        product: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(few_MK, packed, size, scales_GN2)
-        return product
+        # The kernel shares blocks of BLOCK rows out among threads as if the last one were no smaller: some would wait.
+        rest = len(few_MK) % BLOCK
+        parts = few_MK.split([len(few_MK) - rest, rest]) if rest and len(few_MK) > BLOCK else (few_MK,)
+        products = [torch.ops.aten._weight_int4pack_mm_for_cpu(rows_MK, packed, size, scales_GN2) for rows_MK in parts]
+        return torch.cat(products) if len(products) > 1 else products[0]
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,9 @@ from typing import Any, Protocol
 import torch
 from transformers import PreTrainedModel
 
-from forerun.build import end_tokens
+from forerun.build import Models, end_tokens
 from forerun.heads import formats, store
 from forerun.model import Loaded
-from forerun.model import load as load_model
 from forerun.train import checkpoint
 from forerun.train.data import Sequences, read, split
 from forerun.train.loggers import LOG, Log, open_log
@@ -71,7 +70,7 @@ def _train(config: Training, folder: Path, teller: Teller, processes: Processes)
         checkpoint.claim(folder, config)
     # The linear layers stay as they are: gradients pass through the output layer, and a head starts from its weights.
     place = {"pack": False} | ({"device": processes.device} if processes.device else {})
-    loaded = load_model(config.model.model_copy(update=place))
+    loaded = Models(teller.say).target(config.model.model_copy(update=place))
     learned, held_out = sequences(config, loaded, folder, teller, processes)
     student = make(config, loaded.model, learned)
     refuse_layouts(student, config)

@@ -35,7 +35,7 @@ def continued(
         raise UserError(f"write.prompt={config.prompt}: no sequence of the data has so many tokens")
     prompts_NT = source.tokens_NT[fitting, : config.prompt]
     said = config.model_dump(exclude={"sequences", "rows"})  # neither changes a text
-    weights = [float(parameter.double().abs().sum()) for parameter in model.parameters()]
+    weights = [float(held.double().abs().sum()) for held in (*model.parameters(), *model.buffers())]  # codes are buffers
     folder.mkdir(parents=True, exist_ok=True)
     texts: list[list[int]] = []
     engine: Engine | None = None
