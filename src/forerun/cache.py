@@ -72,7 +72,9 @@ class SlotLayer(CacheLayerMixin):
         places = plan.places.to(keys.device)
         for flat, new in zip(self.flat, (key_states, value_states), strict=True):
             flat.index_copy_(0, places, new.transpose(1, 2).flatten(0, 1))
-        return keys[:, :, : plan.read], values[:, :, : plan.read]
+        # Views made here: a compiled pass that is handed two views of one memory copies all of it for each write.
+        keys, values = (flat.view(plan.rows, plan.capacity, *flat.shape[1:])[:, : plan.read] for flat in self.flat)
+        return keys.transpose(1, 2), values.transpose(1, 2)
 
     # transformers asks for these when it builds a mask itself, which it does in prefill only.
     def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:

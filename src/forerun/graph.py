@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar
 
@@ -15,8 +15,6 @@ from torch import Tensor
 Outputs = TypeVar("Outputs")
 Mode = Literal["auto"] | bool
 Key = tuple[tuple[torch.Size, torch.dtype], ...]
-SHAPES = 64
-"""Shapes that one function is compiled for; torch's own limit is too low for nodes x buckets of cache slots."""
 logger = logging.getLogger(__name__)
 
 
@@ -84,9 +82,14 @@ class Graph(Generic[Outputs]):
             logger.warning("no C++ compiler found (install g++ or set CXX): decoding runs uncompiled")
             self.mode = False
             return self._plain, self.function(*tensors)
-        compiled: Callable[..., Outputs] = torch.compile(self.function, fullgraph=True, dynamic=False)
-        with torch._dynamo.config.patch(recompile_limit=SHAPES):
-            return lambda later: compiled(*later), compiled(*tensors)
+        compiled: Callable[..., Outputs] = torch.compile(
+            alone(self.function), fullgraph=True, dynamic=False, options={"guard_filter_fn": no_guards}
+        )
+
+        def call(later: tuple[Tensor, ...]) -> Outputs:
+            return compiled(*(one.contiguous() for one in later))  # its strides are as fixed as its shapes
+
+        return call, call(tensors)
 
     def _capture(self, tensors: tuple[Tensor, ...]) -> Captured[Outputs]:
         inputs = tuple(tensor.clone() for tensor in tensors)
@@ -101,6 +104,24 @@ class Graph(Generic[Outputs]):
             outputs = self.function(*inputs)
         self.pool = self.pool or graph.pool()  # shared: only one graph runs at a time
         return Captured(graph, inputs, outputs)
+
+
+def alone(function: Callable[..., Outputs]) -> Callable[..., Outputs]:
+    """The same under a code object of its own, by which torch keeps what it compiled: one program, not several to try."""
+
+    def call(*tensors: Tensor) -> Outputs:
+        return function(*tensors)
+
+    call.__code__ = call.__code__.replace()
+    return call
+
+
+def no_guards(entries: Sequence[Any]) -> list[bool]:
+    """What torch is to check before each call: nothing, for a Graph has one program for each combination of shapes and dtypes.
+
+    Its checks of a transformers model take as long as a few layers.
+    """
+    return [False] * len(entries)
 
 
 def has_compiler() -> bool:
