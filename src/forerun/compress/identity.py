@@ -11,7 +11,7 @@ from typing import Any
 from forerun.compress.opened import model_place
 from forerun.config import ModelConfig, RecipeConfig, WorkloadConfig
 
-VERSION = 1
+VERSION = 2
 """Raise it whenever the same recipe makes another model."""
 
 
