@@ -50,9 +50,9 @@ table-s4-floor: $(DEV)
 	$(BIN)/forerun compress configs/compress-floor.yaml $(SMALL) $(if $(DATA),data=$(DATA)) --floor "$(FLOOR)" \
 		--axis recipes.1.fraction --out runs/tables/s4-floor --overwrite
 
-# Idle worker threads that spin take the core another process needs; here they sleep instead.
+# One thread: the models are tiny, and threads that wait for one another are many times slower beside a busy neighbour.
 test: $(DEV)
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest $(ARGS)
 
 # vLLM's build for CPUs, a third party's, in a venv of its own, for it wants other versions: every package by its hash, forerun
 # beside them as it stands here. With one thread for each process, which would spin against each other's.
