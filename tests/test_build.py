@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from forerun.bench.serve import serve
 from forerun.build import Models, build, refuse_other_vocabulary
+from forerun.compress.identity import identity
 from forerun.compress.run import compress
 from forerun.config import Compression, DraftModelConfig, Variant, load, parse
 from forerun.draft import NoDraft
@@ -314,3 +315,21 @@ def test_heads_of_the_whole_target_draft_for_its_compressed_version(
         found.append(complete(backend, [Request("a", (5, 6, 7, 8) * 4, Sampling(max_new=16, ignore_eos=True))])[0])
     assert found[0].tokens == found[1].tokens
     assert sum(round.accepted for round in found[1].rounds) > 4
+
+
+def test_calibration_texts_are_the_same_however_their_place_is_written(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = tmp_path / "texts.txt"
+    texts.write_text("The canal was built.\n")
+    monkeypatch.chdir(tmp_path)
+
+    def name(path: str) -> str:
+        gptq = {"kind": "gptq", "calibration": {"workload": {"kind": "text", "path": path}}}
+        model = variant(llama, model=target_of(llama, gptq)).model
+        return identity(model, "target", model.recipes)
+
+    first = name("texts.txt")
+    assert first == name(str(texts)) == name("./texts.txt") != name("others.txt")
+    texts.write_text("The canal was built later.\n")
+    assert name("texts.txt") != first

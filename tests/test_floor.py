@@ -127,6 +127,10 @@ def by_channels(quality: QualityConfig, backend: Backend, sampling: Sampling, fo
     ]
 
 
+def mute(*_: object) -> None:
+    """In the place of what looks for the data of a measure."""
+
+
 @pytest.fixture
 def config(tmp_path: Path) -> Compression:
     tiny("llama", dtype=torch.float32, intermediate_size=128).save_pretrained(tmp_path / "model")
@@ -143,7 +147,7 @@ def test_the_verb_writes_the_smallest_model_above_the_floor(
     """Channels stay in steps of 16 of 128 (8-bit kernels), so 0.4 means 80, the last number above 0.6."""
     quiet = Console(quiet=True)
     out = tmp_path / "out"
-    assert search_model(config, out, "race-high>=0.6", None, quiet, as_json=True, measure=by_channels) == 0
+    assert search_model(config, out, "race-high>=0.6", None, quiet, as_json=True, measure=by_channels, check=mute) == 0
     said = json.loads(capsys.readouterr().out)
     assert said["axis"] == "recipes.1.fraction"
     assert 0.42 <= said["fraction"] <= 0.4376  # at 7/16 half of a step is passed, and 64 stay
@@ -165,8 +169,8 @@ def test_the_verb_writes_the_smallest_model_above_the_floor(
 
 
 def test_a_floor_out_of_reach_writes_nothing(config: Compression, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    assert search_model(config, out, "race-high>=1.5", "recipes.1.fraction", Console(quiet=True), measure=by_channels) == 1
+    out, quiet = tmp_path / "out", Console(quiet=True)
+    assert search_model(config, out, "race-high>=1.5", "recipes.1.fraction", quiet, measure=by_channels, check=mute) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
@@ -175,5 +179,12 @@ def test_a_failure_in_mid_search_leaves_nothing(config: Compression, tmp_path: P
         raise UserError("the data set has gone")
 
     with pytest.raises(UserError, match="has gone"):
-        search_model(config, tmp_path / "out", "race-high>=0.5", None, Console(quiet=True), measure=broken)
+        search_model(config, tmp_path / "out", "race-high>=0.5", None, Console(quiet=True), measure=broken, check=mute)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_missing_data_shows_before_anything_is_compressed(config: Compression, tmp_path: Path) -> None:
+    asked = config.model_copy(update={"data": str(tmp_path)})
+    with pytest.raises(UserError, match="race"):
+        search_model(asked, tmp_path / "out", "race-high>=0.5", None, Console(quiet=True), measure=by_channels)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]

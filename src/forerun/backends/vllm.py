@@ -208,7 +208,12 @@ class Vllm:
         deltas, self.cancelled = self.cancelled, []
         if not self.jobs:
             return deltas
-        outputs = self.engine.step()
+        try:
+            outputs = self.engine.step()
+        except Exception as error:  # a kernel, a plugin, a process of vLLM's that died: no common base class
+            if out_of_memory(error):
+                raise
+            raise UserError(f"vLLM failed amid {len(self.jobs)} requests: {vllm_process.cause(error)}") from error
         now = time.perf_counter()
         for output in outputs:
             job = self.jobs.get(output.request_id)

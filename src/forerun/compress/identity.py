@@ -21,8 +21,11 @@ def identity(config: ModelConfig, embedded: str, recipes: Sequence[RecipeConfig]
     for recipe in recipes:
         calibration = getattr(recipe, "calibration", None)
         workload: WorkloadConfig | None = None if calibration is None else calibration.workload
-        said.append(recipe.model_dump(mode="json"))
-        said.append(files(Path(workload.path)) if workload is not None and workload.path is not None else None)
+        place = None if workload is None or workload.path is None else Path(workload.path)
+        told = recipe.model_dump(mode="json")
+        if place is not None and place.exists():  # however the path was written
+            told["calibration"]["workload"]["path"] = str(place.resolve())
+        said += [told, None if place is None else files(place)]
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:24]
 
 

@@ -17,6 +17,7 @@ from forerun.compress import floor as floors
 from forerun.compress.recipes import apart
 from forerun.compress.run import MADE, Report, compress, refuse_taken
 from forerun.config import Compression, PruneConfig, QualityConfig, Variant, merge, parse
+from forerun.evaluate.measure import check as check_quality
 from forerun.evaluate.measure import measure as measure_quality
 from forerun.evaluate.quality import Quality, Tell
 from forerun.types import Backend, Sampling, UserError
@@ -39,10 +40,15 @@ def search(
     overwrite: bool = False,
     as_json: bool = False,
     measure: Measure = measure_quality,
+    check: Callable[[QualityConfig], None] = check_quality,
 ) -> int:
-    """Returns 0, or 1 where the floor does not hold even with nothing pruned. `measure` stands in for real ones in tests."""
+    """Returns 0, or 1 where the floor does not hold even with nothing pruned.
+
+    `measure` and `check`, which opens the data of a measure, stand in for real ones in tests.
+    """
     floor, axis = floors.parse(wanted), axis or only_fraction(config)
     quality, own = chosen(config.located(), floor), at(config, axis, 0.0)
+    check(quality)
     refuse_taken(out, overwrite)
     work = out.with_name(out.name + ".search")
     with Bar.on(console) as bar:
