@@ -5,10 +5,12 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch import Tensor
+from torch._functorch.aot_autograd import aot_module_simplified
 
 from forerun.accept import Verdict
 from forerun.accept.rule import follow
 from forerun.cache import BUCKET, KVCache
+from forerun.graph import Graph
 from forerun.model import Target
 from forerun.tree import PADDING, Tree, chain
 from models import VOCABULARY, tiny
@@ -208,3 +210,22 @@ def test_committing_moves_nothing_for_chains() -> None:
     assert cache.lengths == [6]
     after = [states for layer in cache.layers for states in (layer.keys, layer.values)]
     assert all(bool((one == other).all()) for one, other in zip(before, after, strict=True))
+
+
+def test_a_traced_pass_writes_its_own_slots_and_copies_no_cache():
+    """Keys and values that reach the tracer twice, as two views of one memory, become copies of that whole memory."""
+    target = Target(tiny("llama"), compile=False)
+    cache = target.new_cache(2, BUCKET)
+    programs = []
+
+    def backend(program, inputs):
+        return aot_module_simplified(program, inputs, fw_compiler=lambda traced, _: programs.append(traced) or traced.forward)
+
+    target.prefill([1, 2, 3], cache, 0)
+    function = cache.graph.function
+    cache.graph = Graph(torch.compile(function, backend=backend, fullgraph=True), False)
+    target.verify(chain(torch.tensor([4, 0]), [[5], [6]]), cache)
+    [program] = programs
+    called = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    assert any("index_copy" in name for name in called)
+    assert not any("as_strided" in name for name in called)

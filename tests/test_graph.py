@@ -1,5 +1,6 @@
 """A Graph computes what its function computes, once prepared per shape, and falls back to the plain call."""
 
+import functools
 import logging
 
 import pytest
@@ -39,6 +40,23 @@ def test_compiled_once_a_shape(monkeypatch):
         assert torch.equal(run(torch.zeros(count)), torch.ones(count))
     assert len(compiled) == 2
     assert all(options["fullgraph"] and options["dynamic"] is False for options in compiled)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
+def test_programs_of_one_function_are_told_apart_without_checks(monkeypatch):
+    """Traced for real, though not compiled: of one code with other settings, other shapes and other strides."""
+
+    def scaled(factor, x):
+        return factor * x.reshape(-1) + x.shape[0]
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", lambda program, inputs, **_: program.forward)
+    monkeypatch.setattr(graph, "has_compiler", lambda: True)
+    graphs = {factor: Graph(functools.partial(scaled, factor), True) for factor in (2, 3)}
+    for shape in ((1, 2), (2, 1), (2, 2), (1, 2), (2, 2)):
+        x = torch.arange(float(shape[0] * shape[1])).reshape(shape)
+        for factor, run in graphs.items():
+            for given in (x, x.T.contiguous().T):
+                assert torch.equal(run(given), scaled(factor, x))
 
 
 def test_no_compiler_is_one_warning(monkeypatch, caplog):

@@ -82,9 +82,9 @@ class Graph(Generic[Outputs]):
             logger.warning("no C++ compiler found (install g++ or set CXX): decoding runs uncompiled")
             self.mode = False
             return self._plain, self.function(*tensors)
-        compiled: Callable[..., Outputs] = torch.compile(
-            alone(self.function), fullgraph=True, dynamic=False, options={"guard_filter_fn": no_guards}
-        )
+        # A wrapper in C++ takes longer to compile than one in Python, and calls the kernels faster (docs/log.md).
+        options = {"guard_filter_fn": no_guards, "cpp_wrapper": True}
+        compiled: Callable[..., Outputs] = torch.compile(alone(self.function), fullgraph=True, dynamic=False, options=options)
 
         def call(later: tuple[Tensor, ...]) -> Outputs:
             return compiled(*(one.contiguous() for one in later))  # its strides are as fixed as its shapes
@@ -119,7 +119,7 @@ def alone(function: Callable[..., Outputs]) -> Callable[..., Outputs]:
 def no_guards(entries: Sequence[Any]) -> list[bool]:
     """What torch is to check before each call: nothing, for a Graph has one program for each combination of shapes and dtypes.
 
-    Its checks of a transformers model take as long as a few layers.
+    Its own checks go through every module of a transformers model.
     """
     return [False] * len(entries)
 
