@@ -210,6 +210,20 @@ def test_requests_that_cannot_be_served_are_refused(pair: Vllm, models: Models) 
         assert not pair.busy
 
 
+def test_a_fault_amid_a_step_is_one_line(pair: Vllm, models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> None:
+        raise ValueError("no such kernel\nin two lines")
+
+    [request, *_] = requests(models)
+    pair.submit(request)
+    with monkeypatch.context() as patch:
+        patch.setattr(pair.engine, "step", broken)
+        with pytest.raises(UserError, match=r"^vLLM failed with 1 in flight: .*no such kernel[^\n]*$"):
+            pair.step()
+    pair.cancel(request.id)
+    assert [delta.finish for delta in pair.step()] == ["cancelled"]
+
+
 def test_without_told_rounds_the_counters_are_vllms(models: Models) -> None:
     """As with a vLLM that has no such metrics: texts are the same, rounds are unknown, the sums come from its logger."""
     asked = requests(models)

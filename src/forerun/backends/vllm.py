@@ -213,7 +213,7 @@ class Vllm:
         except Exception as error:  # a kernel, a plugin, a process of vLLM's that died: no common base class
             if out_of_memory(error):
                 raise
-            raise UserError(f"vLLM failed amid {len(self.jobs)} requests: {vllm_process.cause(error)}") from error
+            raise UserError(f"vLLM failed with {len(self.jobs)} in flight: {vllm_process.cause(error)}") from error
         now = time.perf_counter()
         for output in outputs:
             job = self.jobs.get(output.request_id)
