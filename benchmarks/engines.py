@@ -59,6 +59,8 @@ def run(pipeline: str, threads: int, options: argparse.Namespace) -> dict[str, A
     """One pipeline in this process: figures of each side, the texts that equal vLLM's among them."""
     out = Path(options.runs) / f"{pipeline}-{threads}{'-alone' if options.alone else ''}"
     summary = measure.run(experiment(pipeline, options), methods.maker(), out, Console(stderr=True), measure_memory=False)
+    if summary["status"] != "complete":
+        sys.exit(f"{out}: {summary['status']}; {options.out} is left as it was")
     records = folder.records(out, list(summary["variants"]))
     texts = {name: {(one.id, one.repeat): one.tokens for one in lines} for name, lines in records.items()}
     kept = ("tokens_per_second", "ms_per_token", "inter_token_ms", "acceptance_rate", "block_efficiency", "speedup", "error")

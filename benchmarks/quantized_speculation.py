@@ -105,6 +105,8 @@ def main() -> None:
         summary = measure.run(made, methods.maker(), out, Console(stderr=True), measure_memory=False)
         if failed := {name: one["error"] for name, one in summary["variants"].items() if one["error"]}:
             sys.exit(str(failed))
+        if summary["status"] != "complete":
+            sys.exit(f"{out}: {summary['status']}; {options.json} is left as it was")
         records = folder.records(out, list(summary["variants"]))
     material = gather(summary, made.expand(), records, None, ())
     figures = {name: imposed(one, records[name]) for name, one in material.variants.items()}
