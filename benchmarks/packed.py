@@ -121,12 +121,12 @@ class Subject:
     """One variant, ready to be timed."""
 
     def __init__(self, model: nn.Module, rows: Sequence[int]) -> None:
-        self.bytes = weight_bytes(model)
         self.target = Target(model, compile=False)
         self.cache: KVCache = self.target.new_cache(1, 512)
         self.prompt = torch.arange(PROMPT).tolist()
         self.trees = {nodes: chain(torch.tensor([1]), [list(range(2, nodes + 1))]) for nodes in (1, *rows)}
         self.target.prefill(self.prompt, self.cache, 0)
+        self.bytes = weight_bytes(model)  # NF4 lays out its scales anew in the first pass
 
     def score(self, nodes: int) -> float:
         """Seconds of one pass over a chain of so many tokens after the prompt."""

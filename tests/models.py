@@ -16,6 +16,8 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     OPTConfig,
     OPTForCausalLM,
     Phi3Config,
@@ -25,6 +27,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 VOCABULARY = 97
@@ -63,6 +67,14 @@ BUILDERS = {
     ),
 }
 
+MIXTURES = {
+    "mixtral": lambda **kw: MixtralForCausalLM(MixtralConfig(**SIZES | {"num_local_experts": 4} | kw)),
+    "qwen3-moe": lambda **kw: Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(**SIZES | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8} | kw)
+    ),
+}
+"""Mixtures of experts, which not all of forerun takes."""
+
 
 @functools.cache
 def tiny(
@@ -71,10 +83,14 @@ def tiny(
     """A model whose logits are far from flat (weights scaled up), so that greedy choices mean something."""
     torch.manual_seed(seed)
     extra = {"attn_implementation": "eager"} if name == "gemma2" else {}
-    model = BUILDERS[name](**extra, **overrides).eval().to(dtype)
+    model = (BUILDERS | MIXTURES)[name](**extra, **overrides).eval().to(dtype)
     for parameter in model.parameters():
         if parameter.ndim > 1:
             parameter.data.mul_(scale)
+    generator = torch.Generator().manual_seed(seed)
+    for module in model.modules():  # zeros, as a new model has, would hide a bias that is lost or misplaced
+        if isinstance(module, torch.nn.Linear) and module.bias is not None:
+            module.bias.data.copy_(0.02 * torch.randn(module.bias.shape, generator=generator))
     return model.requires_grad_(False)
 
 

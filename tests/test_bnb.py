@@ -1,6 +1,7 @@
 """bitsandbytes on the CPU: quantized, saved and read back exactly; shapes that its kernels refuse are told by layer."""
 
 import copy
+import json
 import logging
 from pathlib import Path
 
@@ -9,8 +10,11 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from forerun.compress import bnb, checkpoint
-from forerun.config import BnbConfig
+from forerun.compress import bnb, checkpoint, run
+from forerun.compress.bits import quantized_by_bnb
+from forerun.compress.opened import open_model
+from forerun.config import BnbConfig, Compression, ModelConfig, parse
+from forerun.packed import weight_bytes
 from forerun.types import UserError
 from models import tiny
 
@@ -21,6 +25,10 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::Deprec
 TOKENS = torch.randint(97, (2, 20), generator=torch.Generator().manual_seed(5))
 WIDE = {"hidden_size": 64, "intermediate_size": 128}
 KINDS = [BnbConfig(bits=8), BnbConfig(), BnbConfig(double_quant=False), BnbConfig(quant_type="fp4")]
+
+
+def mute(*_: object) -> None:
+    pass
 
 
 @pytest.fixture
@@ -98,3 +106,59 @@ def test_a_damaged_model_and_a_missing_package_are_one_line(plain: Path, monkeyp
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(UserError, match=r"pip install 'forerun\[bnb\]'"):
         bnb.load(plain, BnbConfig(), torch.bfloat16)
+
+
+def test_a_saved_model_logs_no_casts_either(plain: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    checkpoint.save(bnb.load(plain, BnbConfig(bits=8), torch.bfloat16), None, tmp_path / "small")
+    logger = logging.getLogger("bitsandbytes.autograd._functions")
+    for filtered in list(logger.filters):
+        logger.removeFilter(filtered)
+    model = open_model(ModelConfig(path=str(tmp_path / "small"))).model
+    with caplog.at_level(logging.WARNING):
+        model(input_ids=TOKENS)
+    assert [record for record in caplog.records if "bitsandbytes" in record.name] == []
+
+
+@pytest.mark.parametrize("config", KINDS, ids=["int8", "nf4", "nf4-single", "fp4"])
+def test_bytes_have_the_scales_before_and_after_the_first_pass(config: BnbConfig, plain: Path) -> None:
+    model = bnb.load(plain, config, torch.bfloat16)
+    layers = [module for module in model.modules() if type(module).__name__ in ("Linear4bit", "Linear8bitLt")]
+    codes = sum(parameter.nbytes for parameter in model.parameters())
+    inputs, outputs = sum(layer.in_features * layer.out_features for layer in layers), sum(one.out_features for one in layers)
+    blocks, tables = inputs // 64, 1100 * len(layers)  # a table of 16 values, and with scales of scales one of 256
+    least = {8: 4 * outputs, 4: blocks if config.double_quant else 4 * blocks}[config.bits]
+    assert codes + least <= weight_bytes(model) <= codes + least + (tables if config.bits == 4 else 0)
+    assert run.bytes_held(model) >= weight_bytes(model)
+    model(input_ids=TOKENS)
+    if config.bits == 4 and layers[0].support_avx512bf16_for_cpu:
+        least = 2 * blocks  # repacked, in bfloat16
+    assert codes + least <= weight_bytes(model) <= codes + least + (tables if config.bits == 4 else 0)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_weights_that_lie_transposed_are_compared_as_they_are_meant(bits: int, tmp_path: Path) -> None:
+    tiny("gpt2", dtype=torch.float32, n_embd=64).save_pretrained(tmp_path)
+    _, rows, _ = quantized_by_bnb(ModelConfig(path=str(tmp_path), dtype="float32"), BnbConfig(bits=bits), 0, mute)
+    assert {row.layer.rpartition(".")[2] for row in rows} == {"c_attn", "c_proj", "c_fc"}  # c_proj of attention is square
+    assert all(row.error is not None and 0 < row.error < {4: 0.15, 8: 0.01}[bits] for row in rows)
+    with pytest.raises(UserError, match=r"c_attn \[96, 32\] has no nf4 kernel"):
+        bnb.refuse_misfit(tiny("gpt2"), BnbConfig())
+
+
+def test_a_source_that_cannot_be_read_is_one_line(plain: Path, tmp_path: Path) -> None:
+    def refused(folder: Path, match: str) -> None:
+        settings = parse(Compression, {"model": {"path": str(folder)}, "recipes": [{"kind": "bnb", "bits": 8}]}, "test")
+        with pytest.raises(UserError, match=match) as caught:
+            run.compress(settings, tmp_path / "out", mute)
+        assert "\n" not in str(caught.value) and "cannot be written" not in str(caught.value)
+
+    pruned = parse(Compression, {"model": {"path": str(plain)}, "recipes": [{"kind": "prune", "what": "input"}]}, "test")
+    run.compress(pruned, tmp_path / "pruned", mute)
+    refused(tmp_path / "pruned", "pruned' has pruned layers of forerun's own")
+    path = plain / "config.json"
+    said = path.read_text()
+    path.write_text(json.dumps(json.loads(said) | {"model_type": "nonesuch"}))
+    refused(plain, r"plain' cannot be read: .*nonesuch")
+    path.write_text(said[:20])
+    refused(plain, "plain' cannot be read")
+    assert not (tmp_path / "out").exists()

@@ -1,10 +1,12 @@
 """From configuration to a backend: parts that fit, parts that do not, and what a user can get wrong about a model."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -257,7 +259,7 @@ def test_the_reference_runs_compressed_models(llama: Path) -> None:
 
 
 def test_what_was_compressed_once_is_not_compressed_again(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The cache knows model, recipes and calibration by content; a change of the model's files makes another entry."""
+    """The cache knows the model's files by name, size and time of change; other files make another entry."""
     said: list[str] = []
     config = variant(llama, model=target_of(llama, RTN)).model
     first = Models(said.append).target(config).model
@@ -333,3 +335,57 @@ def test_calibration_texts_are_the_same_however_their_place_is_written(
     assert first == name(str(texts)) == name("./texts.txt") != name("others.txt")
     texts.write_text("The canal was built later.\n")
     assert name("texts.txt") != first
+
+
+class Hub:
+    """A repository on the Hub and its cache: what is fetched is a link to a file named by its hash."""
+
+    def __init__(self, cache: Path, *names: str) -> None:
+        self.cache, self.files, self.fetched = cache, {name: f"hash of {name}" for name in names}, set[str]()
+
+    def download(self, _: str, *, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+        for name in filter_repo_objects(self.files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
+            self.fetch(name)
+        return str(self.cache / "snapshots" / "main")
+
+    def fetch(self, name: str) -> None:
+        blob, link = self.cache / "blobs" / self.files[name], self.cache / "snapshots" / "main" / name
+        for path in (blob, link):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        blob.write_text("{}")
+        link.unlink(missing_ok=True)
+        link.symlink_to(blob)
+        self.fetched.add(name)
+
+
+def test_a_model_of_the_hub_is_known_by_its_files_hashes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that belongs to it is fetched before: its name is the same when it lies in the cache, whatever else does."""
+    small, whole = {"config.json", "tokenizer.json"}, {"config.json", "tokenizer.json", "model.safetensors"}
+    hub = Hub(tmp_path, *whole, "README.md", "pytorch_model.bin", "consolidated.safetensors", "original/params.json")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", hub.download)
+
+    def name(weights: str = "pretrained") -> str:
+        return identity(parse(Variant, {"model": {"path": "someone/model", "weights": weights}}, "test").model, "target", ())
+
+    unweighted = name("random")
+    assert hub.fetched == small
+    first = name()
+    assert hub.fetched == whole
+    for other in ("README.md", "pytorch_model.bin", "consolidated.safetensors"):
+        hub.fetch(other)
+    os.utime(tmp_path / "blobs" / "hash of model.safetensors", (1, 1))
+    assert name() == first
+    assert name("random") == unweighted
+    hub.files["model.safetensors"] = "hash of others"
+    assert name() != first
+    assert name("random") == unweighted
+
+
+def test_older_weights_are_fetched_where_there_are_no_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = Hub(tmp_path, "config.json", "pytorch_model.bin", "training_args.bin")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", hub.download)
+    model = parse(Variant, {"model": {"path": "someone/model"}}, "test").model
+    first = identity(model, "target", ())
+    assert hub.fetched == {"config.json", "pytorch_model.bin"}
+    hub.files["pytorch_model.bin"] = "hash of others"
+    assert identity(model, "target", ()) != first

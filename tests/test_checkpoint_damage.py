@@ -11,6 +11,7 @@ from torch import Tensor
 from coded import Edit, coded, edited, logits
 from forerun.compress import checkpoint, layout, prune
 from forerun.types import UserError
+from models import MIXTURES
 
 DOWN = "model.layers.0.mlp.down_proj"
 
@@ -63,6 +64,8 @@ DAMAGE = [
     (lambda _, config: config["forerun"].pop("pruned"), "disagree on whether it is pruned"),
     (lambda _, config: config["quantization_config"].update(bits=8), "down_proj.qweight|qweight is int32"),
     (lambda _, config: config.update(hidden_size=64), "is"),
+    (lambda _, config: config["quantization_config"].update(group_size=None), "group_size is None"),
+    (lambda _, config: config["quantization_config"].update(group_size="many"), "group_size is 'many'"),
 ]
 
 
@@ -77,6 +80,15 @@ def test_a_damaged_checkpoint_never_loads(edit: Edit, said: str, tmp_path: Path)
         checkpoint.load(edited(tmp_path / "one", edit))
     assert "\n" not in str(caught.value)
     assert str(tmp_path / "one") in str(caught.value)
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_experts_beside_coded_layers_never_load(name: str, tmp_path: Path) -> None:
+    """transformers stores them apart and holds them together, and its way back takes tensors, not codes."""
+    checkpoint.save(coded(name), None, tmp_path / "one")
+    with pytest.raises(UserError, match="stores its tensors merged") as caught:
+        checkpoint.load(tmp_path / "one")
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("keep", [0, 4, 100, -1000, -1])

@@ -170,7 +170,7 @@ def test_activations_choose_better_than_weights(folder: Path) -> None:
             if isinstance(module, L1PrunedInputLinear):
                 keep[name] = module.keep
         whole = apply.Task(0, open_model(settings.model).model, tokens_ST, run.units_for(()), mute)
-        errors.append(sum(apply.measured_errors(whole, keep, 1).values()))
+        errors.append(sum(error for error, _ in apply.measured_errors(whole, keep, 1).values()))
     assert errors[1] < 0.9 * errors[0]
 
 

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from compressing import GPTQ, HEADS, INPUT, MLP, RTN, config, mute, opened, written
-from forerun.compress import apply, run
+from forerun.compress import apply, partial, run
 from forerun.compress.floor import parse as parse_floor
 from forerun.compress.recipes import check
 from forerun.compress.run import MADE, compress
@@ -86,6 +86,72 @@ def test_what_is_there_is_not_overwritten(folder: Path) -> None:
     (folder / "file").touch()
     with pytest.raises(UserError, match="is a file"):
         compress(config(folder, RTN), folder / "file", mute)
+
+
+@pytest.mark.parametrize("name", [".", "..", "sub/.."])
+def test_a_folder_without_a_name_of_its_own_is_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    (folder / "empty" / "sub").mkdir(parents=True)
+    monkeypatch.chdir(folder / "empty")
+    with pytest.raises(UserError, match="name a folder, such as"):
+        compress(config(folder, RTN), Path(name), mute, overwrite=True)
+    assert sorted(path.name for path in folder.rglob("*") if path.is_dir()) == ["empty", "model", "sub"]
+
+
+def test_a_coded_model_of_an_unknown_type_is_one_line(folder: Path) -> None:
+    compress(config(folder, RTN), folder / "out", mute)
+    settings = folder / "out" / "config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"model_type": "nonesuch"}))
+    with pytest.raises(UserError, match=r"out' cannot be read: .*nonesuch") as caught:
+        opened(folder / "out")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["thesis.txt", "identity"])
+def test_files_of_others_beside_the_model_are_let_be(folder: Path, name: str) -> None:
+    (folder / "out.partial").mkdir()
+    compress(config(folder, RTN), folder / "out", mute)  # an empty one may be ours
+    (folder / "out.partial").mkdir()
+    (folder / "out.partial" / name).write_text("mine")
+    with pytest.raises(UserError, match=r"out\.partial holds other files"):
+        compress(config(folder, RTN), folder / "out", mute, overwrite=True)
+    assert (folder / "out.partial" / name).read_text() == "mine"
+
+
+def test_two_runs_do_not_write_to_one_folder(folder: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        compress(config(folder, GPTQ), folder / "out", stop_at(1, KeyboardInterrupt()))
+    with partial.held(folder / "out.partial", folder / "out"):
+        with pytest.raises(UserError, match=r"another run writes to .*out just now"):
+            compress(config(folder, RTN), folder / "out", mute)
+        assert len(list((folder / "out.partial").glob("*.safetensors"))) == 1
+    compress(config(folder, RTN), folder / "out", mute)
+    assert sorted(path.name for path in folder.iterdir()) == ["model", "out"]
+
+
+def test_an_old_model_stays_until_the_new_one_is_there(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compress(config(folder, RTN), folder / "out", mute)
+    old = {path.name: path.read_bytes() for path in (folder / "out").iterdir()}
+    real = Path.rename
+
+    def stuck(self: Path, target: Path) -> Path:
+        if self.name == "model":
+            raise OSError(errno.EBUSY, "Device or resource busy")
+        return real(self, target)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(Path, "rename", stuck)
+        with pytest.raises(UserError, match="resource busy"):
+            compress(config(folder, MLP), folder / "out", mute, overwrite=True)
+    assert {path.name: path.read_bytes() for path in (folder / "out").iterdir()} == old
+    assert sorted(path.name for path in folder.iterdir()) == ["model", "out"]
+    # Killed between the two steps of the exchange: the next run puts the old one back first.
+    (folder / "out.partial").mkdir()
+    (folder / "out.partial" / partial.MARK).touch()
+    (folder / "out").rename(folder / "out.partial" / partial.REPLACED)
+    with pytest.raises(UserError, match="give --overwrite"):
+        compress(config(folder, MLP), folder / "out", mute)
+    assert {path.name: path.read_bytes() for path in (folder / "out").iterdir()} == old
+    assert sorted(path.name for path in folder.iterdir()) == ["model", "out"]
 
 
 def stop_at(layer: int, error: BaseException) -> Callable[[str, int, int], None]:

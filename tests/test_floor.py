@@ -183,6 +183,44 @@ def test_a_failure_in_mid_search_leaves_nothing(config: Compression, tmp_path: P
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+def test_fractions_too_small_for_a_head_are_the_whole_model(tmp_path: Path) -> None:
+    """Of 8 KV heads fractions below 1/16 prune none: no new work for them, and never the answer."""
+    tiny("qwen3", dtype=torch.float32, num_attention_heads=8, num_key_value_heads=8).save_pretrained(tmp_path / "model")
+    recipes = [{"kind": "prune", "what": "heads"}]
+    config = parse_config(
+        Compression, {"model": {"path": str(tmp_path / "model"), "dtype": "float32"}, "recipes": recipes}, "t"
+    )
+    measured = []
+
+    def by_heads(quality: QualityConfig, backend: Backend, *_: object) -> list[Quality]:
+        assert isinstance(backend, Engine)
+        heads, count = backend.target.model.config.num_key_value_heads, min(quality.limit or 200, 200)
+        measured.append(heads)
+        half = 0.3 if count < 200 else 0.0
+        return [Quality("race-high", "acc", heads / 8, heads / 8 - half, heads / 8 + half, True, count)]
+
+    for limit, left in ((0.9, 8), (0.6, 5)):
+        out = tmp_path / str(limit)
+        assert search_model(config, out, f"race-high>={limit}", None, Console(quiet=True), measure=by_heads, check=mute) == 0
+        assert json.loads((out / "config.json").read_text())["num_key_value_heads"] == left
+        found = json.loads((out / "floor.json").read_text())
+        assert (found["fraction"] == 0) is (left == 8)
+        kept = [probe["fraction"] for probe in found["probes"] if probe["kept"]]
+        assert max(kept) == pytest.approx((8.5 - left) / 8, abs=0.011)
+        if left == 8:
+            assert measured.count(8) == 2  # on 100 questions and on 200, at fraction 0 alone
+            assert len([fraction for fraction in kept if fraction]) >= 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0.6", "0.9", "model"]
+
+
+def test_a_folder_of_others_beside_the_model_is_let_be(config: Compression, tmp_path: Path) -> None:
+    (tmp_path / "out.search").mkdir()
+    (tmp_path / "out.search" / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"out\.search holds other files"):
+        search_model(config, tmp_path / "out", "race-high>=0.6", None, Console(quiet=True), measure=by_channels, check=mute)
+    assert (tmp_path / "out.search" / "thesis.txt").read_text() == "mine"
+
+
 def test_missing_data_shows_before_anything_is_compressed(config: Compression, tmp_path: Path) -> None:
     asked = config.model_copy(update={"data": str(tmp_path)})
     with pytest.raises(UserError, match="race"):

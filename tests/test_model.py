@@ -1,6 +1,7 @@
 """The seam to transformers: what is served, what is refused and how it is said, prefill in chunks, hidden states."""
 
 import copy
+import importlib.util
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen3NextConfig, T5Config, T5ForConditionalGeneration
@@ -16,7 +18,7 @@ from forerun.config import ModelConfig
 from forerun.model import Loaded, Target, load, probe, refuse_unserved, verify_attention
 from forerun.tree import Tree, chain
 from forerun.types import UserError
-from models import BUILDERS, VOCABULARY, tiny
+from models import BUILDERS, MIXTURES, VOCABULARY, tiny
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -197,6 +199,41 @@ def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
     ids = torch.tensor([[1, 2, 3]])
     assert loaded.model(ids).logits.equal(model(ids).logits)
     assert load(ModelConfig(path=str(tmp_path), device="cpu", dtype="bfloat16")).model.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("architecture", [*BUILDERS, *MIXTURES])
+def test_a_whole_checkpoint_is_loaded_and_one_that_misses_a_tensor_is_not(
+    architecture: str, tied: bool, tmp_path: Path
+) -> None:
+    """transformers fills what it does not find with random numbers; what is tied is not missing."""
+    tiny(architecture, dtype=torch.float32, tie_word_embeddings=tied).save_pretrained(tmp_path)
+    config = ModelConfig(path=str(tmp_path), device="cpu")
+    load(config)
+    file = tmp_path / "model.safetensors"
+    whole = load_file(file)
+    for name in (sorted(whole)[0], sorted(whole)[-1], next(name for name in whole if "norm" in name or "ln" in name)):
+        save_file({key: tensor for key, tensor in whole.items() if key != name}, file, {"format": "pt"})
+        with pytest.raises(UserError, match=r"missing or of another shape|cannot be loaded") as error:
+            load(config)
+        assert str(tmp_path) in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+def test_what_is_missing_is_named(tmp_path: Path) -> None:
+    tiny("llama", dtype=torch.float32).save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    whole = load_file(file)
+    gone = ["model.layers.1.mlp.down_proj.weight", "model.layers.1.mlp.up_proj.weight"]
+    save_file({key: tensor for key, tensor in whole.items() if key not in gone}, file, {"format": "pt"})
+    for device in ("cpu", "sequential"):
+        if device == "cpu" or importlib.util.find_spec("accelerate"):
+            with pytest.raises(UserError, match=r"layers\.1\.mlp\.down_proj\.weight and 1 more missing"):
+                load(ModelConfig(path=str(tmp_path), device=device))
+    save_file(whole | {gone[0]: whole[gone[0]][:5].clone()}, file, {"format": "pt"})
+    with pytest.raises(UserError, match=str(tmp_path)) as error:
+        load(ModelConfig(path=str(tmp_path), device="cpu"))
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["", "config.json", "geometry.json"])

@@ -10,6 +10,7 @@ from torch.nn import functional
 import models
 from forerun.attention import GROUPED, register
 from forerun.packed import Part, Prepacked, Shared, pack, weight_bytes
+from forerun.packed.prepacked import can_prepack
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1.6e-2}
 
@@ -37,7 +38,7 @@ def test_products_equal_plain_ones(dtype, bias, tokens):
     torch.manual_seed(0)
     plain = Parent(dtype, bias)
     packed = copy.deepcopy(plain)
-    assert pack(packed) == (3 if dtype == torch.float64 else 4)
+    assert pack(packed) == (4 if can_prepack(plain.o_proj.weight) else 3)
     states = torch.randn(2 if tokens > 1 else 1, tokens, 40, dtype=dtype)
     for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
         layer = getattr(plain, name)
@@ -142,6 +143,8 @@ def test_grouped_attention_equals_the_repeated_one(nodes, additive):
 
 def test_weight_bytes_counts_packed_weights_once():
     model = models.BUILDERS["llama"](tie_word_embeddings=True).eval().to(torch.bfloat16)
+    if not can_prepack(model.get_output_embeddings().weight):
+        pytest.skip("this machine has no bfloat16 products")
     plain = weight_bytes(model)
     head = model.get_output_embeddings().weight.nbytes
     pack(model)

@@ -1,6 +1,9 @@
 """Codes stand for the weights they say; kernels for 4 and 8 bits compute what codes stand for, whatever the shape."""
 
 import copy
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,12 +14,14 @@ from torch.nn import functional
 import models
 from forerun.packed import CodedLinear, Codes, Int4Linear, Int8Linear, Part, pack, weight_bytes
 from forerun.packed.codes import pack_nibbles, unpack_nibbles
-from forerun.packed.int4 import MANY, CpuKernel, CudaKernel, Runs
+from forerun.packed.int4 import FEW, MANY, CpuKernel, CudaKernel, Runs, cuda_unlay, tile_order
 from forerun.packed.int8 import CudaInt8Linear
 from rounded import error, rounded
 
 SHAPES = [(16, 32), (50, 33), (7, 96), (64, 200), (130, 128), (96, 257), (1, 1)]
 BF16 = 2**-8
+EIGHT = pytest.mark.skipif(not Int8Linear.works(), reason="this machine has no 8-bit dot products")
+BITS = [4, pytest.param(8, marks=EIGHT)]
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +172,7 @@ def test_groups_out_of_order_are_gathered_and_uneven_ones_left_alone(kernel):
         assert pack(parent) == 0 and isinstance(parent[0], CodedLinear)
 
 
+@EIGHT
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("symmetric", [True, False])
 @torch.inference_mode()
@@ -188,6 +194,7 @@ def test_8_bit_products_are_exact_where_inputs_have_8_bits(shape, symmetric):
     assert layer(0 * states).equal(bias.expand(3, -1))
 
 
+@EIGHT
 @torch.inference_mode()
 def test_an_8_bit_row_does_not_depend_on_its_company():
     torch.manual_seed(8)
@@ -196,6 +203,7 @@ def test_an_8_bit_row_does_not_depend_on_its_company():
     assert torch.cat([layer(row[None]) for row in states]).equal(layer(states))
 
 
+@EIGHT
 @torch.inference_mode()
 def test_8_bit_inputs_are_rounded_to_nearest():
     identity = Codes(
@@ -206,6 +214,7 @@ def test_8_bit_inputs_are_rounded_to_nearest():
     assert 0.49 / 127 < float(off.max()) < 0.5001 / 127
 
 
+@EIGHT
 @torch.inference_mode()
 def test_8_bit_groups_become_one_scale_an_output():
     torch.manual_seed(9)
@@ -217,7 +226,7 @@ def test_8_bit_groups_become_one_scale_an_output():
     assert error(layer.weight, codes.dequantize(torch.float32)) < 0.012
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", BITS)
 @torch.inference_mode()
 def test_a_coded_model_is_packed_with_its_siblings(bits, kernel):
     torch.manual_seed(10)
@@ -240,7 +249,7 @@ def test_a_coded_model_is_packed_with_its_siblings(bits, kernel):
     assert error(packed(many).logits, model(many).logits) < 0.1
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", BITS)
 @torch.inference_mode()
 def test_a_packed_model_of_codes_is_traced_without_a_break(bits, kernel):
     model = coded_model(bits, 32)
@@ -251,7 +260,7 @@ def test_a_packed_model_of_codes_is_traced_without_a_break(bits, kernel):
         assert error(forward(tokens), model(tokens, use_cache=False).logits) < 1e-2
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", BITS)
 def test_gradients_are_refused_and_hooked_layers_left_alone(bits, kernel):
     layer = packed_layer(rounded(torch.randn(16, 32), bits))
     with pytest.raises(RuntimeError, match="train the model first"):
@@ -261,6 +270,7 @@ def test_gradients_are_refused_and_hooked_layers_left_alone(bits, kernel):
     assert pack(hooked) == 0
 
 
+@EIGHT
 @torch.inference_mode()
 def test_siblings_of_unlike_codes_stay_apart():
     class Parent(nn.Module):
@@ -293,6 +303,55 @@ def test_the_4_bit_kernel_for_cuda_has_the_shapes_that_torch_states_and_is_not_u
         codes_NK = torch.empty(50, 96, dtype=torch.uint8)
         groups_NG = torch.empty(50, 3)
         codes = Codes(codes_NK, groups_NG, groups_NG.to(torch.uint8), 4, 32)
-        layer = Int4Linear(codes, Runs(32, None), None, CudaKernel())
-        assert layer(torch.empty(2, 3, 96)).shape == (2, 3, 50)
+        layer = Int4Linear(codes, Runs(32, None), None, CudaKernel(torch.arange(256)))
+        for rows in (1, FEW, FEW + 1):
+            assert layer(torch.empty(rows, 96)).shape == (rows, 50)
     assert CudaKernel.found(torch.device("cpu")) is None
+
+
+class Shuffled(CudaKernel):
+    """Stores the codes of a tile in an order that none knows beforehand, in the shape that CUDA's layout has."""
+
+    def lay_out(self, codes_NK: torch.Tensor) -> torch.Tensor:
+        return shuffled(codes_NK)
+
+
+def shuffled(codes_NK: torch.Tensor) -> torch.Tensor:
+    outputs, inputs = codes_NK.shape
+    tiles = codes_NK.view(outputs // 8, 8, inputs // 32, 32).transpose(1, 2).reshape(outputs // 8, inputs // 32, 256)
+    tiles = tiles[..., torch.randperm(256, generator=torch.Generator().manual_seed(12))]
+    return (tiles[..., ::2] | tiles[..., 1::2] << 4).contiguous().view(torch.int32)[..., None]
+
+
+@pytest.mark.parametrize("shape", [(64, 128), (50, 96), (7, 75)], ids=str)
+@torch.inference_mode()
+def test_many_rows_on_cuda_take_the_weight_that_the_layout_holds_whatever_its_order(shape):
+    torch.manual_seed(13)
+    kernel = Shuffled(tile_order(shuffled, torch.device("cpu")))
+    whole = torch.randint(16, (64, 128), dtype=torch.uint8)
+    assert cuda_unlay(shuffled(whole), kernel.order_T).equal(whole)
+    codes = rounded(torch.randn(shape), 4, 32, symmetric=False)
+    bias = torch.randn(shape[0])
+    layer = Int4Linear(codes, Runs(32, None), bias, kernel)
+    states = torch.randn(FEW + 1, shape[1])
+    expected = functional.linear(states.double(), codes.dequantize(torch.float64), bias.double())
+    assert error(layer(states), expected) < 2 * BF16
+    with pytest.raises(NotImplementedError):
+        layer(states[:FEW])  # the kernel for few rows, which is not here
+
+
+SATURATED = """
+import torch
+from forerun.packed import CodedLinear, Codes, pack
+codes = Codes(torch.full((64, 256), 255, dtype=torch.uint8), torch.ones(64, 1), torch.full((64, 1), 128).byte(), 8)
+model = torch.nn.Sequential(CodedLinear.of(codes))
+pack(model)
+assert all(model(torch.ones(rows, 256)).eq(127 * 256).all() for rows in (1, 5)), model(torch.ones(1, 256))
+"""
+
+
+@pytest.mark.parametrize("instructions", ["AVX2", "AVX512_CORE"])
+def test_the_largest_8_bit_codes_are_summed_right_without_8_bit_dot_products(instructions):
+    environment = os.environ | {"ONEDNN_MAX_CPU_ISA": instructions}
+    done = subprocess.run([sys.executable, "-c", SATURATED], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

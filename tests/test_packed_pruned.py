@@ -21,6 +21,7 @@ from rounded import error, rounded
 INPUTS, OUTPUTS = 256, 96
 TOLERANCE = {16: 1e-6, 8: 0.03, 4: 2**-7}
 KINDS = {16: Prepacked, 8: Int8Linear, 4: Int4Linear}
+EIGHT = pytest.param(8, marks=pytest.mark.skipif(not Int8Linear.works(), reason="this machine has no 8-bit dot products"))
 
 
 def half_of(count: int, seed: int) -> torch.Tensor:
@@ -38,7 +39,7 @@ def inner(weight: torch.Tensor, bits: int, bias: bool) -> nn.Module:
     return layer
 
 
-@pytest.mark.parametrize("bits", [4, 8, 16])
+@pytest.mark.parametrize("bits", [4, EIGHT, 16])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("rows", [1, 5, 40])
 @torch.inference_mode()
@@ -60,7 +61,7 @@ def test_fewer_inputs(bits, bias, rows):
     assert layer.weight[:, gone].eq(0).all()
 
 
-@pytest.mark.parametrize("bits", [4, 8, 16])
+@pytest.mark.parametrize("bits", [4, EIGHT, 16])
 @pytest.mark.parametrize("rows", [1, 5, 40])
 @torch.inference_mode()
 def test_fewer_outputs(bits, rows):
@@ -79,7 +80,7 @@ def test_fewer_outputs(bits, rows):
     assert isinstance(layer.inner, KINDS[bits])
 
 
-@pytest.mark.parametrize("bits", [4, 8, 16])
+@pytest.mark.parametrize("bits", [4, EIGHT, 16])
 @pytest.mark.parametrize("fraction", [0.25, 0.5])
 def test_the_layers_hold_less(bits, fraction):
     """At the same size of groups, with the index; only what is held for each output does not shrink."""
@@ -105,7 +106,7 @@ class Parent(nn.Module):
         return torch.cat([layer(states) for layer in (self.q_proj, self.k_proj, self.v_proj)], -1)
 
 
-@pytest.mark.parametrize("bits", [4, 8, 16])
+@pytest.mark.parametrize("bits", [4, EIGHT, 16])
 @torch.inference_mode()
 def test_siblings_that_keep_the_same_inputs_share_one_product(bits):
     torch.manual_seed(2)

@@ -83,7 +83,7 @@ class Graph(Generic[Outputs]):
             self.mode = False
             return self._plain, self.function(*tensors)
         # A wrapper in C++ takes longer to compile than one in Python, and calls the kernels faster (docs/log.md).
-        options = {"guard_filter_fn": no_guards, "cpp_wrapper": True}
+        options: dict[str, Any] = {"guard_filter_fn": no_guards, "cpp_wrapper": True}
         compiled: Callable[..., Outputs] = torch.compile(alone(self.function), fullgraph=True, dynamic=False, options=options)
 
         def call(later: tuple[Tensor, ...]) -> Outputs:

@@ -6,7 +6,7 @@ Shape suffixes: B rows, N nodes, T tokens, V vocabulary, H hidden size (of all w
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -56,6 +56,7 @@ def load(config: ModelConfig, embedded: str = "target") -> Loaded:
         raise UserError(f"model {path!r} cannot be read: {first_line(error)}; give a folder or a hub id") from error
     kwargs: dict[str, Any] = {"dtype": "auto" if config.dtype == "auto" else getattr(torch, config.dtype)}
     kwargs["attn_implementation"] = verify_attention(settings, config.attention)
+    told: dict[str, Any] = {}
     try:
         if config.weights == "random":
             if config.dtype == "auto":
@@ -63,23 +64,34 @@ def load(config: ModelConfig, embedded: str = "target") -> Loaded:
             with torch.random.fork_rng(), torch.device(device):
                 torch.manual_seed(0)
                 model: PreTrainedModel = AutoModelForCausalLM.from_config(settings, **kwargs)
-        elif device in ("balanced", "sequential"):
-            model = AutoModelForCausalLM.from_pretrained(path, device_map=device, **kwargs)
         else:
-            model = AutoModelForCausalLM.from_pretrained(path, **kwargs)
-            model.to(torch.device(device))  # type: ignore[arg-type]
+            spread = {"device_map": device} if device in ("balanced", "sequential") else {}
+            found: Any = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **spread, **kwargs)
+            model, told = found
+            if not spread:
+                model.to(torch.device(device))  # type: ignore[arg-type]
     except torch.cuda.OutOfMemoryError:
         raise
     except Exception as error:  # a cut-off file, a wrong type in a config, a missing device: no common base class
         if "DefaultCPUAllocator" in str(error):
             raise
         raise UserError(f"model {path!r} cannot be loaded on {device!r}: {first_line(error)}") from error
+    refuse_incomplete(path, told)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except Exception as error:  # noqa: BLE001 a geometry without a tokenizer is fine: prompts are token ids then
         logging.getLogger(__name__).info("no tokenizer at %s: %s", path, first_line(error))
         tokenizer = None
     return Loaded(model.eval().requires_grad_(False), tokenizer)
+
+
+def refuse_incomplete(path: str, told: Mapping[str, Any]) -> None:
+    """UserError for tensors that transformers did not find, tied ones apart: it fills them with random numbers."""
+    mismatched = {key if isinstance(key, str) else key[0] for key in told.get("mismatched_keys") or ()}  # or (key, shapes)
+    absent = sorted({*(told.get("missing_keys") or ()), *mismatched})
+    if absent:
+        more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
+        raise UserError(f"model {path!r}: {absent[0]}{more} missing or of another shape; fetch or write it again")
 
 
 def first_line(error: BaseException) -> str:

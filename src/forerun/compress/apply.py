@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from forerun.compress import coupled, gptq, partial, prune, rounding
-from forerun.compress.calibrate import Observed, decoder_layers, sequential
+from forerun.compress.calibrate import Observed, decoder_layers, linears, sequential
+from forerun.compress.fit import refuse_unfit
 from forerun.compress.recipes import Row, Units, bytes_of, named
 from forerun.config import GPTQConfig, PruneConfig, RoundConfig
 from forerun.packed.codes import CodedLinear
@@ -22,6 +23,7 @@ from forerun.types import UserError
 Tell = Callable[[str, int, int], None]
 """Progress: what is being done, how much of it is done, of how much."""
 Layer = nn.Linear | CodedLinear
+Of = Literal["outputs", "weights"]
 Pruned = L1PrunedInputLinear | L1PrunedOutputLinear
 
 
@@ -40,23 +42,23 @@ class Task:
         return lambda done, total: self.tell(f"recipe {self.index + 1}: {what}", done, total)
 
 
-def linears(model: PreTrainedModel) -> dict[str, Layer]:
-    """The linear layers of the decoder layers by their full names; embeddings and output head are not among them."""
-    prefix, layers = decoder_layers(model)
-    return {f"{prefix}.{name}": module for name, module in layers.named_modules() if isinstance(module, Layer)}
-
-
 def round_to_nearest(task: Task, recipe: RoundConfig) -> list[Row]:
+    refuse_unfit(task.model, [recipe])
     rows = []
     all_layers = linears(task.model)
     for number, (name, layer) in enumerate(all_layers.items()):
         assert isinstance(layer, nn.Linear)
-        codes = rounding.quantize(layer.weight, recipe.bits, recipe.group_size, recipe.symmetric, name)
-        coded = CodedLinear.of(codes, layer.bias)
-        rows.append(coded_row(task, recipe, name, layer, coded, None))
+        coded, row = rounded(task, recipe, name, layer)
+        rows.append(row)
         task.model.set_submodule(name, coded)
         task.progress(named(recipe))(number + 1, len(all_layers))
     return rows
+
+
+def rounded(task: Task, recipe: RoundConfig, name: str, layer: nn.Linear) -> tuple[CodedLinear, Row]:
+    codes = rounding.quantize(layer.weight, recipe.bits, recipe.group_size, recipe.symmetric, name)
+    coded = CodedLinear.of(codes, layer.bias)
+    return coded, coded_row(task, recipe, name, layer, coded, None)
 
 
 def coded_row(
@@ -64,15 +66,20 @@ def coded_row(
 ) -> Row:
     weight_NK = prune.dense(layer)
     error = prune.lost(weight_NK, coded.codes().dequantize(weight_NK.dtype), hessian_KK)
-    of: Literal["outputs", "weights"] = "weights" if hessian_KK is None else "outputs"
+    of: Of = "weights" if hessian_KK is None else "outputs"
     size = layer.in_features
     return Row(task.index, name, named(recipe), size, size, bytes_of(layer), bytes_of(coded), error, of)
 
 
 def quantize(task: Task, recipe: GPTQConfig) -> list[Row]:
-    """GPTQ layer by layer; finished layers are kept in `partial` and are not done twice."""
+    """GPTQ layer by layer; finished layers are kept in `partial` and are not done twice.
+
+    A layer that no text reaches, such as an expert that is never routed to, is rounded to nearest, and its row says so.
+    """
     assert task.tokens_ST is not None
-    prefix, _ = decoder_layers(task.model)
+    refuse_unfit(task.model, [recipe])
+    prefix, layers = decoder_layers(task.model)
+    unseen = RoundConfig(bits=recipe.bits, group_size=recipe.group_size, symmetric=recipe.symmetric)
     rows: list[Row] = []
 
     def path(number: int) -> Path | None:
@@ -99,6 +106,10 @@ def quantize(task: Task, recipe: GPTQConfig) -> list[Row]:
                 assert isinstance(layer, nn.Linear)
                 new[short] = CodedLinear.of(codes[name], layer.bias)
                 found.append(coded_row(task, recipe, name, layer, new[short], hessian_KK))
+        for short, layer in layers[number].named_modules():
+            if isinstance(layer, nn.Linear) and short not in observed:
+                new[short], row = rounded(task, unseen, f"{prefix}.{number}.{short}", layer)
+                found.append(row)
         place = path(number)
         if place is not None:
             partial.keep(place, new, found)
@@ -118,6 +129,7 @@ def by_statistic(observed: Observed) -> Iterable[tuple[list[str], Tensor]]:
 
 
 def prune_model(task: Task, recipe: PruneConfig) -> list[Row]:
+    refuse_unfit(task.model, [recipe])
     if recipe.what in ("mlp", "heads"):
         return prune_coupled(task, recipe)
     return prune_single(task, recipe)
@@ -144,7 +156,7 @@ def prune_single(task: Task, recipe: PruneConfig) -> list[Row]:
         total, before = layer.in_features if of_inputs else layer.out_features, bytes_of(layer)
         after = put_pruned(task.model, name, layer, keep[name], of_inputs=of_inputs) if len(keep[name]) < total else before
         plain, _ = unwrapped(task.model, name)
-        rows.append(Row(task.index, plain, named(recipe), len(keep[name]), total, before, after, errors[name], told_of(task)))
+        rows.append(Row(task.index, plain, named(recipe), len(keep[name]), total, before, after, *errors[name]))
     return rows
 
 
@@ -197,7 +209,7 @@ def prune_coupled(task: Task, recipe: PruneConfig) -> list[Row]:
         )
         keep.append(chosen_U)
     readers = {f"{prefix}.{number}.{where.reader}": coupled.indices(each, where.width) for number, each in enumerate(keep)}
-    errors = list(measured_errors(task, readers, 1).values())
+    errors = list(measured_errors(task, readers, 1).values())  # in the order of the layers
     smaller = [coupled.smaller(layer, where, each) for layer, each in zip(layers, keep, strict=True)]
     rows = []
     for number, (layer, new) in enumerate(zip(layers, smaller, strict=True)):
@@ -205,9 +217,7 @@ def prune_coupled(task: Task, recipe: PruneConfig) -> list[Row]:
         for name, module in new.items():
             layer.set_submodule(name, module)
         after, name = sum(map(bytes_of, new.values())), f"{prefix}.{number}" + (".mlp" if what == "mlp" else ".self_attn")
-        rows.append(
-            Row(task.index, name, named(recipe), len(keep[number]), where.units, before, after, errors[number], told_of(task))
-        )
+        rows.append(Row(task.index, name, named(recipe), len(keep[number]), where.units, before, after, *errors[number]))
     changes = {field: len(keep[0])}
     if what == "heads":
         each = config.num_attention_heads // config.num_key_value_heads
@@ -226,10 +236,6 @@ def describe(layers: nn.ModuleList, config: Any, changes: dict[str, int]) -> Non
                     setattr(module, own, value)
 
 
-def told_of(task: Task) -> Literal["outputs", "weights"]:
-    return "weights" if task.tokens_ST is None else "outputs"
-
-
 def mean_magnitudes(task: Task) -> dict[str, Tensor]:
     """The mean magnitude of each linear layer's inputs, by the layer's full name; nothing where there is no calibration."""
     found: dict[str, Tensor] = {}
@@ -245,16 +251,17 @@ def mean_magnitudes(task: Task) -> dict[str, Tensor]:
     return found
 
 
-def measured_errors(task: Task, keep: dict[str, Tensor], dim: Literal[0, 1]) -> dict[str, float]:
-    """The relative error of each named layer where only the given inputs (dim 1) or outputs (dim 0) stay, others zero."""
+def measured_errors(task: Task, keep: dict[str, Tensor], dim: Literal[0, 1]) -> dict[str, tuple[float, Of]]:
+    """The relative error of each named layer where only the given inputs (dim 1) or outputs (dim 0) stay, others zero.
+
+    Of its outputs; of its weights where there are no texts, or none reaches the layer.
+    """
 
     def error(layer: Layer, kept: Tensor, hessian_KK: Tensor | None) -> float:
         weight_NK = prune.dense(layer)
         masked_NK = torch.zeros_like(weight_NK).index_copy(dim, kept, weight_NK.index_select(dim, kept))
         return prune.lost(weight_NK, masked_NK, hessian_KK)
 
-    if task.tokens_ST is None:
-        return {name: error(get_linear(task.model, name), kept, None) for name, kept in keep.items()}
     prefix, _ = decoder_layers(task.model)
     found: dict[str, float] = {}
 
@@ -265,8 +272,12 @@ def measured_errors(task: Task, keep: dict[str, Tensor], dim: Literal[0, 1]) -> 
                 found[name] = error(layer, keep[name], hessian_KK)
         return {}
 
-    sequential(task.model, task.tokens_ST, visit, "hessian", tell=task.progress("what pruning loses"))
-    return found
+    if task.tokens_ST is not None:
+        sequential(task.model, task.tokens_ST, visit, "hessian", tell=task.progress("what pruning loses"))
+    return {
+        name: (found[name], "outputs") if name in found else (error(get_linear(task.model, name), kept, None), "weights")
+        for name, kept in keep.items()
+    }
 
 
 def get_linear(model: PreTrainedModel, name: str) -> Layer:

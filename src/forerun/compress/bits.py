@@ -8,23 +8,23 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers.pytorch_utils import Conv1D
 
 from forerun.compress import bnb, prune
 from forerun.compress.apply import Tell
 from forerun.compress.opened import read_tokenizer
 from forerun.compress.recipes import Row, named
-from forerun.compress.restore import Files
+from forerun.compress.restore import Files, is_coded
 from forerun.config import BnbConfig, ModelConfig
-from forerun.model import Loaded, verify_attention
+from forerun.model import Loaded, first_line, verify_attention
+from forerun.packed import scales_beside
 from forerun.types import UserError
 
 
 def quantized_by_bnb(config: ModelConfig, recipe: BnbConfig, index: int, tell: Tell) -> tuple[Loaded, list[Row], int]:
     """The model of a plain folder, quantized as it is read; a row a layer, and the bytes that all weights had before."""
-    settings = AutoConfig.from_pretrained(config.path)
-    if getattr(settings, "quantization_config", None) is not None:
-        raise UserError(f"model {config.path!r} is quantized already; recipes take the original model")
+    settings: Any = plain_settings(config.path)
     with torch.device("meta"):
         bnb.refuse_misfit(AutoModelForCausalLM.from_config(settings), recipe)
     dtype = getattr(torch, config.dtype) if config.dtype != "auto" else settings.dtype or torch.float32
@@ -45,11 +45,27 @@ def quantized_by_bnb(config: ModelConfig, recipe: BnbConfig, index: int, tell: T
         size = own.in_features * own.out_features * dtype.itemsize
         before += size
         known = f"{name}.weight" in files.where
-        error = prune.lost(files.take(f"{name}.weight").float(), dequantized(own)) if known else None
+        error = None
+        if known:
+            weight = files.take(f"{name}.weight").float()
+            error = prune.lost(weight.T if issubclass(own.source_cls, Conv1D) else weight, dequantized(own))
         after = held(own)
         rows.append(Row(index, name, named(recipe), own.in_features, own.in_features, size, after, error, "weights"))
     tell(f"recipe {index + 1}: {named(recipe)}", 1, 1)
     return Loaded(model, read_tokenizer(config.path)), rows, before + sum(plain.values())
+
+
+def plain_settings(path: str) -> PreTrainedConfig:
+    """The settings of a model that bitsandbytes can read; UserError where config.json is damaged or the model is not plain."""
+    try:
+        settings: PreTrainedConfig = AutoConfig.from_pretrained(path)
+    except Exception as error:  # cut off, of no known type, a field of a wrong type: no common base class
+        raise UserError(f"model {path!r} cannot be read: {first_line(error)}; give a folder or a hub id") from error
+    if getattr(settings, "quantization_config", None) is not None:
+        raise UserError(f"model {path!r} is quantized already; recipes take the original model")
+    if is_coded(Path(path)):
+        raise UserError(f"model {path!r} has pruned layers of forerun's own, which bitsandbytes cannot read; take gptq or rtn")
+    return settings
 
 
 def is_quantized(module: nn.Module) -> bool:
@@ -66,8 +82,4 @@ def dequantized(layer: Any) -> Tensor:
 
 def held(layer: Any) -> int:
     """Bytes of codes and scales."""
-    state = getattr(layer.weight, "quant_state", None)
-    beside = [getattr(layer.weight, "SCB", None), getattr(state, "absmax", None), getattr(state, "code", None)]
-    nested = getattr(state, "state2", None)
-    beside += [getattr(nested, "absmax", None), getattr(nested, "code", None), layer.bias]
-    return int(layer.weight.nbytes) + sum(each.nbytes for each in beside if isinstance(each, Tensor))
+    return sum(tensor.nbytes for tensor in (*layer.parameters(), *scales_beside(layer)))

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from forerun.config import BnbConfig
-from forerun.model import first_line
+from forerun.model import first_line, refuse_incomplete
 from forerun.types import UserError
 
 NOISE = logging.getLogger("bitsandbytes.autograd._functions")
@@ -44,13 +45,17 @@ def load(
     """A model quantized while it is read, so that memory never holds all of it dense; save it before its first forward pass."""
     kwargs: dict[str, Any] = bnb(config, dtype) | ({} if attention is None else {"attn_implementation": attention})
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map={"": device}, **kwargs)
+        found: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, device_map={"": device}, output_loading_info=True, **kwargs
+        )
     except torch.cuda.OutOfMemoryError:
         raise
     except Exception as error:  # a cut-off file, a device without a kernel: no common base class
         raise UserError(
             f"model {str(folder)!r} cannot be quantized by bitsandbytes on {device!r}: {first_line(error)}"
         ) from error
+    model: PreTrainedModel = found[0]
+    refuse_incomplete(str(folder), found[1])
     hush()
     model.eval().requires_grad_(False)
     return model
@@ -62,9 +67,12 @@ def refuse_misfit(model: nn.Module, config: BnbConfig) -> None:
         return
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and module is not head and (module.out_features % 32 or module.in_features % 64):
+        if module is head or not isinstance(module, nn.Linear | Conv1D):
+            continue
+        outputs, inputs = module.weight.T.shape if isinstance(module, Conv1D) else module.weight.shape
+        if outputs % 32 or inputs % 64:
             raise UserError(
-                f"{name} [{module.out_features}, {module.in_features}] has no {config.quant_type} kernel: it wants outputs in "
+                f"{name} [{outputs}, {inputs}] has no {config.quant_type} kernel: it wants outputs in "
                 "multiples of 32 and inputs in multiples of 64; take bits: 8, or gptq"
             )
 

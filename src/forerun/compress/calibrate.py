@@ -138,6 +138,12 @@ def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     return name, layers
 
 
+def linears(model: PreTrainedModel) -> dict[str, Linear]:
+    """The linear layers of the decoder layers by their full names; embeddings and output head are not among them."""
+    prefix, layers = decoder_layers(model)
+    return {f"{prefix}.{name}": module for name, module in layers.named_modules() if isinstance(module, Linear)}
+
+
 class Reached(Exception):  # noqa: N818 not an error: the rest of the forward pass is not wanted
     """A forward pass came to the first decoder layer."""
 

@@ -22,6 +22,10 @@ from forerun.types import UserError
 What = Literal["mlp", "heads"]
 
 
+class NothingPrunedError(UserError):
+    """The fraction is too small for one unit: the model would stay as it is."""
+
+
 @dataclass(frozen=True)
 class Rows:
     """Outputs of a layer that belong to units: unit u has the rows start + u * width to start + (u + 1) * width."""
@@ -159,12 +163,12 @@ def admits(config: PreTrainedConfig, changes: Mapping[str, int]) -> bool:
 
 
 def heads_kept(config: PreTrainedConfig, fraction: float) -> int:
-    """The admitted number of KV heads nearest to the wish, the smaller of two; UserError where none but all is near."""
+    """The admitted number of KV heads nearest to the wish, the smaller of two; NothingPrunedError where that is all of them."""
     able, total = heads_that_can_stay(config), int(config.num_key_value_heads)
     kept = min(able, key=lambda n: (abs(n - (1 - fraction) * total), n))
     if kept == total and fraction:
         others = ", ".join(str(n) for n in able if n != total)
-        raise UserError(
+        raise NothingPrunedError(
             f"prune.what=heads, fraction={fraction}: of {total} KV heads "
             + (f"{others} can stay; set the fraction to prune so many" if others else "none can go")
         )

@@ -22,11 +22,7 @@ PARTS = ("qweight", "qzeros", "scales", "g_idx")
 
 def write(name: str, codes: Codes, version: int) -> dict[str, Tensor]:
     """A layer's tensors by their names in a checkpoint."""
-    outputs, inputs = codes.codes_NK.shape
-    if (outputs * codes.bits) % 32 or (inputs * codes.bits) % 32:
-        raise UserError(
-            f"{name}: [{outputs}, {inputs}] does not fit the GPTQ layout, which wants multiples of {32 // codes.bits}"
-        )
+    refuse_misfit(name, codes.out_features, codes.in_features, codes.bits)
     stored = codes.scales_NG.dtype in (torch.float16, torch.bfloat16)
     words_GW = pack(codes.zeros_NG, codes.bits).T
     parts = {
@@ -36,6 +32,12 @@ def write(name: str, codes: Codes, version: int) -> dict[str, Tensor]:
         "g_idx": codes.groups_K().int(),
     }
     return {f"{name}.{part}": tensor.contiguous() for part, tensor in parts.items()}
+
+
+def refuse_misfit(name: str, outputs: int, inputs: int, bits: int) -> None:
+    """UserError for a shape that does not fill whole words."""
+    if (outputs * bits) % 32 or (inputs * bits) % 32:
+        raise UserError(f"{name}: [{outputs}, {inputs}] does not fit the GPTQ layout, which wants multiples of {32 // bits}")
 
 
 def read(name: str, parts: Mapping[str, Tensor], shape: tuple[int, int], bits: int, group_size: int, version: int) -> Codes:

@@ -71,7 +71,10 @@ def declared(folder: Path, settings: Mapping[str, Any]) -> Declared | None:
         )
     if told.get("bits") not in (4, 8):
         raise UserError(f"model folder {folder}: GPTQ with {told.get('bits')} bits is not read; 4 and 8 bits are")
-    return Declared(told["bits"], int(told.get("group_size", -1)), 2 if form == "gptq_v2" else 1)
+    size = told.get("group_size", -1)
+    if type(size) is not int:
+        raise UserError(f"model folder {folder}: quantization_config.group_size is {size!r}; give a number, or -1 for all")
+    return Declared(told["bits"], size, 2 if form == "gptq_v2" else 1)
 
 
 class Meta(TorchFunctionMode):
@@ -132,7 +135,7 @@ class Files:
         numbered = {name: torch.empty(number, device="meta") for number, name in enumerate(dict.fromkeys(names), 1)}
         try:
             called = {len(tensor): name for name, tensor in revert_weight_conversion(model, dict(numbered)).items()}
-        except (RuntimeError, TypeError, ValueError) as error:
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
             raise ValueError(f"{type(model).__name__} stores its tensors merged ({first_line(error)})") from error
         for name, tensor in numbered.items():
             if name not in self.where and (other := called.get(len(tensor))) in self.where:

@@ -21,8 +21,10 @@ from forerun import __version__
 from forerun.compress import calibrate, checkpoint
 from forerun.compress.apply import Task, Tell, prune_model, quantize, round_to_nearest
 from forerun.compress.bits import quantized_by_bnb
+from forerun.compress.fit import refuse_unfit
 from forerun.compress.identity import identity
 from forerun.compress.opened import model_place, open_model
+from forerun.compress.partial import clear, exchange, held
 from forerun.compress.recipes import Row, check, units_for
 from forerun.config import (
     BnbConfig,
@@ -36,12 +38,12 @@ from forerun.config import (
 )
 from forerun.model import Loaded
 from forerun.packed.codes import CodedLinear
+from forerun.packed.packing import scales_beside
 from forerun.types import UserError
 from forerun.workload import texts
 
 MADE = "compression.json"
 """What was done; the last file of a compressed model's folder."""
-STATE = "identity"
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,8 @@ def compress(config: Compression, out: Path, tell: Tell, *, embedded: str = "tar
     """Apply the recipes and write the model to `out`; `embedded` says which shipped model the path `embedded` means.
 
     Finished layers of GPTQ lie in `out`.partial until all is done: the same call goes on from them, another one starts anew.
-    UserError where recipes do not go together, `out` is taken, or something cannot be read or written; `out` is then as it was.
+    An old model at `out` stays until the new one is whole. UserError where recipes do not go together, `out` is taken, another
+    run writes to it, or something cannot be read or written; `out` is then as it was.
     """
     began = time.perf_counter()
     config = config.located()
@@ -71,19 +74,22 @@ def compress(config: Compression, out: Path, tell: Tell, *, embedded: str = "tar
     check(recipes)
     work = out.with_name(out.name + ".partial")
     try:
-        claim(work, identity(source, embedded, recipes))
-        loaded, rows, before = make(source, recipes, work, embedded, tell)
-        done = Report(
-            config.model.path, tuple(recipe.model_dump(mode="json") for recipe in recipes), tuple(rows), before,
-            bytes_held(loaded.model), time.perf_counter() - began, __version__,
-        )  # fmt: skip
-        report = joined(earlier(Path(source.path)), done)
-        write(loaded, work, out, report)
+        with held(work, out) as mark:
+            refuse_taken(out, overwrite)  # again: another run may have made it meanwhile
+            resume(mark, identity(source, embedded, recipes))
+            loaded, rows, before = make(source, recipes, work, embedded, tell)
+            done = Report(
+                config.model.path, tuple(recipe.model_dump(mode="json") for recipe in recipes), tuple(rows), before,
+                bytes_held(loaded.model), time.perf_counter() - began, __version__,
+            )  # fmt: skip
+            report = joined(earlier(Path(source.path)), done)
+            write(loaded, work, report)
+            refuse_taken(out, overwrite)
+            exchange(work / "model", work, out)
+            shutil.rmtree(work, ignore_errors=True)  # the layers too
     except (OSError, SafetensorError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{out} cannot be written: {reason}; what is finished is kept in {work}") from error
-    finally:
-        leave(work)
     return report
 
 
@@ -109,10 +115,12 @@ def joined(first: Report | None, then: Report) -> Report:
 
 
 def refuse_taken(out: Path, overwrite: bool) -> None:
+    if out.name in ("", ".."):  # what is unfinished gets a name beside it
+        raise UserError(f"--out {out}: name a folder, such as {out / 'model'}")
+    if out.is_symlink() or out.is_file():
+        raise UserError(f"--out {out} is a file or a link; name a folder")
     if not out.exists():
         return
-    if not out.is_dir():
-        raise UserError(f"--out {out} is a file; name a folder")
     if not any(out.iterdir()):
         return
     if not (out / MADE).exists():
@@ -121,22 +129,11 @@ def refuse_taken(out: Path, overwrite: bool) -> None:
         raise UserError(f"--out {out} already holds a compressed model; name another folder, or give --overwrite")
 
 
-def claim(work: Path, identity: str) -> None:
-    """Make the folder of unfinished work ours: kept where it is of the same run, emptied where it is of another."""
-    path = work / STATE
-    if path.exists() and path.read_text(encoding="utf-8") == identity:
-        return
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    path.write_text(identity, encoding="utf-8")
-
-
-def leave(work: Path) -> None:
-    """Remove what is of no use to a later call: everything, unless layers are finished."""
-    for half_done in ("plain", "plain.part", "model", "model.part"):
-        shutil.rmtree(work / half_done, ignore_errors=True)
-    if not any(work.glob("*.safetensors")):
-        shutil.rmtree(work, ignore_errors=True)
+def resume(mark: Path, identity: str) -> None:
+    """Keep what the same run has finished, and remove what another one has."""
+    if mark.read_text(encoding="utf-8") != identity:
+        clear(mark)
+        mark.write_text(identity, encoding="utf-8")
 
 
 def make(
@@ -150,7 +147,7 @@ def make(
         rows, before = apply_all(loaded, recipes, work, tell)
         return loaded, rows, before
     # bitsandbytes quantizes while it reads a folder, so what came before it is written to one.
-    place, rows = model_place(source.path, embedded), []
+    place, rows = model_place(source.path, embedded, weights=source.weights != "random"), []
     if len(recipes) > 1 or source.weights == "random" or not place.is_dir():
         loaded = open_model(source, embedded)
         refuse_quantized(loaded.model, recipes, source.path)
@@ -177,6 +174,7 @@ def apply_all(loaded: Loaded, recipes: Sequence[RecipeConfig], work: Path, tell:
     Calibration tokens are all made first, while the model is what it was.
     """
     model = loaded.model
+    refuse_unfit(model, recipes)
     before = bytes_held(model)
     tokens = {one: calibration(one, loaded, tell) for one in dict.fromkeys(filter(None, map(needed, recipes)))}
     rows: list[Row] = []
@@ -232,16 +230,13 @@ def calibration(config: CalibrationConfig, loaded: Loaded, tell: Tell) -> Tensor
 
 
 def bytes_held(model: nn.Module) -> int:
-    """Bytes of all distinct parameters and buffers: a tied output head counts once."""
-    held = {tensor.data_ptr(): tensor.nbytes for tensor in [*model.parameters(), *model.buffers()]}
+    """Bytes of all distinct parameters and buffers, with bitsandbytes' scales: a tied output head counts once."""
+    held = {tensor.data_ptr(): tensor.nbytes for tensor in [*model.parameters(), *model.buffers(), *scales_beside(model)]}
     return sum(held.values())
 
 
-def write(loaded: Loaded, work: Path, out: Path, report: Report) -> None:
-    """Save beside `out`, and put it in place when it is whole."""
+def write(loaded: Loaded, work: Path, report: Report) -> None:
+    """Save the model in the folder beside `out`."""
     model: Any = loaded.model
     checkpoint.save(model, loaded.tokenizer, work / "model")
     (work / "model" / MADE).write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")
-    shutil.rmtree(out, ignore_errors=True)
-    (work / "model").rename(out)
-    shutil.rmtree(work)

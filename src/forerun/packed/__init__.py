@@ -8,7 +8,7 @@ from __future__ import annotations
 from forerun.packed.codes import CodedLinear, Codes
 from forerun.packed.int4 import Int4Linear
 from forerun.packed.int8 import Int8Linear
-from forerun.packed.packing import pack, weight_bytes
+from forerun.packed.packing import pack, scales_beside, weight_bytes
 from forerun.packed.prepacked import Prepacked
 from forerun.packed.pruned import L1PrunedInputLinear, L1PrunedOutputLinear
 from forerun.packed.siblings import Part, Shared
@@ -24,5 +24,6 @@ __all__ = [
     "Prepacked",
     "Shared",
     "pack",
+    "scales_beside",
     "weight_bytes",
 ]

@@ -6,6 +6,7 @@ Shape suffixes: M rows (tokens), N outputs, K inputs, G groups, B blocks of outp
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -22,6 +23,8 @@ MULTIPLE = 64  # of outputs; in a smaller last block the kernel lays codes out i
 MANY = 32  # more rows than these are multiplied by the dequantized weight: the kernel's time grows with every four rows
 BLOCK = 4  # rows for which the kernel unpacks a weight once
 TILE = 1 << 20  # weights that are dequantized at a time: 4 MB
+FEW = 16  # on CUDA, more rows than these are multiplied by the dequantized weight; not measured
+CUDA_TILE = (8, 32)  # outputs and inputs whose codes CUDA's layout stores together, in an order of its own
 
 
 class Kernel(Protocol):
@@ -66,12 +69,14 @@ class CpuKernel:
         return torch.cat(products) if len(products) > 1 else products[0]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class CudaKernel:
-    """The kernel for NVIDIA cards of compute capability 8.0 and later, for any number of rows.
+    """The kernel for NVIDIA cards of compute capability 8.0 and later; many rows take the dequantized weight.
 
-    Written from torch's signatures and not proved on a card; `found` therefore tries it before it is used.
+    Written from torch's signatures and not proved on a card; `found` therefore tries both ways before they are used.
     """
+
+    order_T: Tensor  # where in a stored tile each of its codes lies
 
     @classmethod
     def found(cls, device: torch.device) -> CudaKernel | None:
@@ -79,19 +84,54 @@ class CudaKernel:
         codes_NK = torch.randint(16, (MULTIPLE, 128), device=device, dtype=torch.uint8)
         ones_NG = torch.ones(MULTIPLE, 4, device=device)
         codes = Codes(codes_NK, ones_NG, (8 * ones_NG).to(torch.uint8), 4, 32)
+        identity_KK = torch.eye(128, device=device)
         try:
-            weight_NK = Int4Linear(codes, Runs(32, None), None, cls()).weight
+            kernel = cls(tile_order(cuda_lay_out, device))
+            layer = Int4Linear(codes, Runs(32, None), None, kernel)
+            by_few, by_many = torch.cat([layer(rows) for rows in identity_KK.split(FEW)]).T, layer(identity_KK).T
         except (AttributeError, NotImplementedError, RuntimeError):
             return None
-        return cls() if torch.equal(weight_NK, codes.dequantize(weight_NK.dtype)) else None
+        exact_NK = codes.dequantize(by_few.dtype)
+        return kernel if torch.equal(by_few, exact_NK) and torch.equal(by_many, exact_NK) else None
 
     def lay_out(self, codes_NK: Tensor) -> Tensor:
-        packed: Tensor = torch.ops.aten._convert_weight_to_int4pack(codes_NK[:, ::2] << 4 | codes_NK[:, 1::2], 2)
-        return packed
+        return cuda_lay_out(codes_NK)
 
     def product(self, inputs_MK: Tensor, packed: Tensor, size: int, scales_GN2: Tensor) -> Tensor:
-        product: Tensor = torch.ops.aten._weight_int4pack_mm(inputs_MK.bfloat16().contiguous(), packed, size, scales_GN2)
-        return product
+        inputs_MK = inputs_MK.bfloat16().contiguous()
+        if len(inputs_MK) <= FEW:
+            few: Tensor = torch.ops.aten._weight_int4pack_mm(inputs_MK, packed, size, scales_GN2)
+            return few
+        codes_NK = cuda_unlay(packed, self.order_T)
+        scales_NG1, offsets_NG1 = scales_GN2.transpose(0, 1).unsqueeze(-2).unbind(-1)
+        weight = torch.addcmul(offsets_NG1, codes_NK.unflatten(1, (-1, size)).bfloat16().sub_(8), scales_NG1)
+        return functional.linear(inputs_MK, weight.flatten(1))
+
+
+def cuda_lay_out(codes_NK: Tensor) -> Tensor:
+    packed: Tensor = torch.ops.aten._convert_weight_to_int4pack(codes_NK[:, ::2] << 4 | codes_NK[:, 1::2], 2)
+    return packed
+
+
+def stored_tiles(packed: Tensor) -> Tensor:
+    """The codes [blocks of outputs, blocks of inputs, codes of a tile] of CUDA's layout as they are stored."""
+    bytes_XYB = packed.view(torch.uint8).flatten(2)
+    return torch.stack((bytes_XYB & 15, bytes_XYB >> 4), -1).flatten(2)
+
+
+def tile_order(lay_out: Callable[[Tensor], Tensor], device: torch.device) -> Tensor:
+    """Where a stored tile holds the code of each output and input, found by laying out each place's own number."""
+    outputs, inputs = CUDA_TILE
+    numbers_NK = torch.arange(outputs * inputs, device=device, dtype=torch.uint8).view(CUDA_TILE).repeat(MULTIPLE // outputs, 1)
+    low_T, high_T = (stored_tiles(lay_out(half_NK))[0, 0] for half_NK in (numbers_NK & 15, numbers_NK >> 4))
+    order_T: Tensor = (low_T | high_T << 4).argsort()
+    return order_T
+
+
+def cuda_unlay(packed: Tensor, order_T: Tensor) -> Tensor:
+    """The codes [out, in] that `cuda_lay_out` laid out."""
+    tiles_XYNK: Tensor = stored_tiles(packed)[..., order_T].unflatten(-1, CUDA_TILE)
+    return tiles_XYNK.transpose(1, 2).flatten(2).flatten(0, 1)
 
 
 def lay_out(codes_NK: Tensor) -> Tensor:

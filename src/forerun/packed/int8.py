@@ -21,7 +21,8 @@ class Int8Linear(nn.Module):
 
     Codes with one group an output are kept bit for bit. Codes in several groups get one scale an output, that of the largest
     weight: a second rounding by at most 1/254 of the largest weight, where the kernel knows no groups. Each row's result is
-    the same whatever rows stand beside it.
+    the same whatever rows stand beside it. Without 8-bit dot products (VNNI) oneDNN adds pairs of products in 16 bits, which
+    overflow in silence; `works` therefore tries the kernel before it is used.
     """
 
     def __init__(self, codes: Codes, bias: Tensor | None) -> None:
@@ -41,6 +42,19 @@ class Int8Linear(nn.Module):
         self._packed: Tensor = torch.ops.onednn.qlinear_prepack(signed_NK.contiguous(), None)
         self._no_zeros = torch.zeros(1, dtype=torch.int32)
         self.number = enroll(self)
+
+    @classmethod
+    def works(cls) -> bool:
+        """Whether the largest codes and inputs are summed without overflow, for one row and for many."""
+        if not torch.backends.mkldnn.is_available():
+            return False
+        signs_N1 = torch.tensor([1.0, -1.0]).repeat(32)[:, None]
+        ones_N1 = torch.ones_like(signs_N1)
+        codes_NK = (CENTRE + 127 * signs_N1).to(torch.uint8).repeat(1, 256)
+        layer = cls(Codes(codes_NK, ones_N1, (CENTRE * ones_N1).to(torch.uint8), 8), None)
+        rows_MK = 127 * torch.tensor([1.0, -1.0, 1.0, 1.0, -1.0] * 7)[:, None].repeat(1, 256)
+        expected_MN = rows_MK @ (127 * signs_N1 * torch.ones(256)).T  # whole numbers below 2^24
+        return torch.equal(layer(rows_MK), expected_MN) and torch.equal(layer(rows_MK[:1]), expected_MN[:1])
 
     @property
     def weight(self) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -32,7 +32,7 @@ class Kernels:
         on_cpu = device.type == "cpu"
         if layer.bits == 8:
             if device not in self.eight:
-                self.eight[device] = torch.backends.mkldnn.is_available() if on_cpu else CudaInt8Linear.works(device)
+                self.eight[device] = Int8Linear.works() if on_cpu else CudaInt8Linear.works(device)
             kind = Int8Linear if on_cpu else CudaInt8Linear
             return kind(layer.codes(), layer.bias) if self.eight[device] else None
         if device not in self.four:
@@ -157,8 +157,11 @@ def join_biases(layers: Sequence[nn.Linear | CodedLinear], like: Tensor) -> Tens
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Bytes of all distinct weights with their scales and indices, packed ones included (`parameters()` does not see those)."""
-    held = {p.data_ptr(): p.nbytes for p in model.parameters()}
+    """Bytes of all distinct weights with their scales and indices, packed ones included (`parameters()` does not see those).
+
+    bitsandbytes turns 4-bit scales into larger ones in a model's first forward pass on some CPUs: count them after it.
+    """
+    held = {tensor.data_ptr(): tensor.nbytes for tensor in (*model.parameters(), *scales_beside(model))}
     opaque = 0
     for module in model.modules():
         if isinstance(module, CodedLinear | Int4Linear | CudaInt8Linear | L1PrunedInputLinear | L1PrunedOutputLinear):
@@ -166,3 +169,14 @@ def weight_bytes(model: nn.Module) -> int:
         if isinstance(module, Prepacked | Int8Linear):
             opaque += module.packed_bytes
     return sum(held.values()) + opaque
+
+
+def scales_beside(model: nn.Module) -> Iterator[Tensor]:
+    """What bitsandbytes keeps beside its weights, neither parameters nor buffers: scales and tables of values."""
+    for module in model.modules():
+        holders: list[object] = [getattr(module, "state", None)]
+        for weight in module.parameters(recurse=False):
+            state = getattr(weight, "quant_state", None)
+            holders += [weight, state, getattr(state, "state2", None)]
+        found = (getattr(holder, name, None) for holder in holders for name in ("SCB", "absmax", "code", "offset"))
+        yield from (tensor for tensor in found if isinstance(tensor, Tensor))

@@ -69,15 +69,15 @@ def table(rows: Sequence[Row]) -> Table:
     shown = Table()
     for name in ("recipe", "layers", "kept", "bytes", "error (worst)"):
         shown.add_column(name, justify="left" if name in ("recipe", "layers") else "right")
-    kinds: dict[tuple[int, str], list[Row]] = {}
+    kinds: dict[tuple[int, str, str], list[Row]] = {}
     for row in rows:
-        kinds.setdefault((row.recipe, re.sub(r"^.*?\.\d+\.", "", row.layer)), []).append(row)
-    for (_, name), group in kinds.items():
+        kinds.setdefault((row.recipe, row.did, re.sub(r"^.*?\.\d+\.", "", row.layer)), []).append(row)
+    for (_, did, name), group in kinds.items():
         first, errors = group[0], [row.error for row in group if row.error is not None]
         low, high = min(row.kept for row in group), max(row.kept for row in group)
         kept = f"{low}" if low == high else f"{low} to {high}"
         shown.add_row(
-            first.did,
+            did,
             f"{len(group)} x {name}",
             f"{kept} of {first.total}",
             f"{size(sum(row.bytes_before for row in group))} -> {size(sum(row.bytes_after for row in group))}",

@@ -14,6 +14,8 @@ from rich.table import Table
 
 from forerun.build import Models, build
 from forerun.compress import floor as floors
+from forerun.compress.coupled import NothingPrunedError
+from forerun.compress.partial import clear, exchange, held
 from forerun.compress.recipes import apart
 from forerun.compress.run import MADE, Report, compress, refuse_taken
 from forerun.config import Compression, PruneConfig, QualityConfig, Variant, merge, parse
@@ -58,22 +60,17 @@ def search(
             trials.keep_only(probe)
             bar.progress.console.print(said(floor, probe, trials.bytes[probe.fraction]), markup=False, highlight=False)
 
-        try:
-            fraction, probes = floors.search(
-                trials.measured,
-                floor,
-                first=TOKENS if floor.name == "perplexity" else floors.FIRST,
-                most=quality.limit,
-                tell=tell,
-            )
+        with held(work, out) as mark:
+            refuse_taken(out, overwrite)  # again: another run may have made it meanwhile
+            clear(mark)
+            first = TOKENS if floor.name == "perplexity" else floors.FIRST
+            _, probes = floors.search(trials.measured, floor, first=first, most=quality.limit, tell=tell)
+            trials.backend, fraction = None, trials.best
             if fraction is not None:
                 found = {"floor": str(floor), "axis": axis, "fraction": fraction, "probes": [asdict(one) for one in probes]}
                 (work / str(fraction) / FOUND).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-                shutil.rmtree(out, ignore_errors=True)
-                (work / str(fraction)).rename(out)
-        finally:
-            trials.backend = None
-            shutil.rmtree(work, ignore_errors=True)
+                refuse_taken(out, overwrite)
+                exchange(work / str(fraction), work, out)
     if as_json:
         looks = [asdict(one) | {"bytes": trials.bytes[one.fraction]} for one in probes]
         print(json.dumps({"folder": str(out), "floor": str(floor), "axis": axis, "fraction": fraction, "probes": looks}))
@@ -133,6 +130,8 @@ class Trials:
     reports: dict[float, Report] = field(default_factory=dict)
     backend: tuple[float, Backend] | None = None
     best: float | None = None
+    whole: dict[int | None, Quality] = field(default_factory=dict)  # with nothing pruned, by questions
+    too_small: set[float] = field(default_factory=set)  # fractions that prune nothing: their model is that of 0
 
     @property
     def bytes(self) -> dict[float, int]:
@@ -140,13 +139,24 @@ class Trials:
 
     def measured(self, fraction: float, questions: int | None) -> Quality:
         """The quality at a fraction, on the first so many questions."""
-        if self.backend is None or self.backend[0] != fraction:
+        if fraction not in self.too_small and (self.backend is None or self.backend[0] != fraction):
             self.backend = None  # before the next model is loaded
-            self.backend = fraction, self.open(fraction)
+            try:
+                self.backend = fraction, self.open(fraction)
+            except NothingPrunedError:
+                if fraction == 0:  # another recipe's doing
+                    raise
+                self.too_small.add(fraction)
+                self.reports[fraction] = self.reports[0]
+        if fraction in self.too_small:
+            return self.whole[questions]
+        assert self.backend is not None
         quality = self.quality if questions is None else self.quality.model_copy(update={"limit": questions})
         items = self.work / "items"
         figures = self.measure(quality, self.backend[1], self.config.sampling.build(), items, self.tell)
         named = [one for one in figures if one.name == self.floor.name]
+        if fraction == 0:
+            self.whole[questions] = (named or figures)[0]
         return (named or figures)[0]
 
     def open(self, fraction: float) -> Backend:
@@ -165,7 +175,7 @@ class Trials:
 
     def keep_only(self, probe: floors.Probe) -> None:
         """Remove the models that cannot be the answer any more."""
-        if probe.kept:
+        if probe.kept and probe.fraction not in self.too_small:
             self.best = probe.fraction
         for place in self.work.glob(f"*/{MADE}"):
             if place.parent.name not in (str(self.best), "quantized"):
