@@ -1,131 +1,26 @@
 """A server as a Backend: what its streams say, what they leave open, and what happens when it dies."""
 
+import http.client
 import json
-import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
+from endpoint_world import WHOLE, Server, asked, backend, drain
 from fakes import Letters
-from forerun.backends.endpoint import STRANGE, Endpoint, counters
+from forerun.backends.endpoint import STRANGE
 from forerun.bench import measure
 from forerun.bench.lanes import Maker
-from forerun.config import EndpointConfig, load
-from forerun.types import Delta, Request, Sampling, UserError, complete
-
-METRICS = """# HELP vllm:spec_decode_num_drafts_total Number of drafts.
-# TYPE vllm:spec_decode_num_drafts_total counter
-vllm:spec_decode_num_drafts_total{engine="0",model_name="tiny"} {0}.0
-vllm:spec_decode_num_drafts_total{engine="1",model_name="tiny"} {0}.0
-vllm:spec_decode_num_drafts_created{engine="0",model_name="tiny"} 1.7e+09
-vllm:spec_decode_num_draft_tokens_total{engine="0",model_name="tiny"} {1}.0
-vllm:spec_decode_num_accepted_tokens_total{engine="0",model_name="tiny"} {2}.0
-vllm:spec_decode_num_accepted_tokens_per_pos_total{engine="0",model_name="tiny",position="0"} {2}.0
-vllm:spec_decode_num_accepted_tokens_per_pos_total{engine="0",model_name="tiny",position="1"} {0}.0
-vllm:num_requests_running{engine="0",model_name="tiny"} 3.0
-"""
-
-
-@dataclass
-class Server:
-    """Counts upwards from the last prompt token, `width` tokens a message; ids are told only by a `vllm`."""
-
-    software: str = "vllm"
-    width: int = 2
-    pause_s: float = 0.0
-    breaks: Callable[[dict[str, Any]], int | None] = lambda _: None  # after how many messages of this request
-    done: bool = False  # whether it says [DONE] before it breaks
-    status: int = 200
-    metrics: bool = True
-    got: list[dict[str, Any]] = field(default_factory=list)
-    rounds: int = 0
-    port: int = 0
-
-    @contextmanager
-    def running(self) -> Iterator[str]:
-        server = ThreadingHTTPServer(("127.0.0.1", self.port), self.handler())
-        self.port = server.server_address[1]
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{self.port}"
-        finally:
-            server.shutdown()
-            thread.join()
-            server.server_close()
-
-    def handler(self) -> type[BaseHTTPRequestHandler]:
-        world = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                card = {"id": "tiny", "owned_by": world.software, "max_model_len": 99}
-                text = json.dumps({"data": [card]})
-                if self.path == "/metrics":
-                    counts = (world.rounds, 3 * world.rounds, 2 * world.rounds)
-                    text = METRICS
-                    for place, count in enumerate(counts):
-                        text = text.replace("{" + str(place) + "}", str(count))
-                self.send_response(404 if self.path == "/metrics" and not world.metrics else 200)
-                self.end_headers()
-                self.wfile.write(text.encode())
-
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                world.got.append(body | {"key": self.headers["Authorization"]})
-                self.send_response(world.status)
-                self.end_headers()
-                if world.status == 200:
-                    world.stream(body, self.wfile.write, self.connection)
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        return Handler
-
-    def stream(self, body: dict[str, Any], write: Callable[[bytes], Any], connection: socket.socket) -> None:
-        last = body["prompt"][-1] if isinstance(body["prompt"], list) else len(body["prompt"])
-        tokens = [(last + i + 1) % 97 for i in range(body["max_tokens"])]
-        broken = self.breaks(body)
-        for sent, start in enumerate(range(0, len(tokens), self.width)):
-            if sent == broken:
-                write(b"data: [DONE]\n\n" if self.done else b"")
-                connection.shutdown(socket.SHUT_RDWR)
-                return
-            part = tokens[start : start + self.width]
-            ended = start + self.width >= len(tokens)
-            choice: dict[str, Any] = {"index": 0, "text": Letters().decode(part), "finish_reason": "length" if ended else None}
-            if body.get("return_token_ids"):
-                choice["token_ids"] = part
-            write(b"data: " + json.dumps({"choices": [choice]}).encode() + b"\n\n")
-            self.rounds += 1
-            time.sleep(self.pause_s)
-        write(b"data: " + json.dumps({"choices": [], "usage": {"completion_tokens": len(tokens)}}).encode() + b"\n\n")
-        write(b"data: [DONE]\n\n")
-
-
-def backend(url: str, rows: int = 2, tokenizer: Any = None, **config: Any) -> Endpoint:
-    return Endpoint(EndpointConfig(url=url, **{"timeout_s": 5.0} | config), tokenizer or Letters(), rows, 64)
-
-
-def asked(count: int = 2, **sampling: Any) -> list[Request]:
-    return [Request(f"r{i}", (7, 10 * i), Sampling(**{"max_new": 5} | sampling)) for i in range(count)]
-
-
-def drain(server: Endpoint) -> list[Delta]:
-    deltas = []
-    while server.busy:
-        deltas += server.step()
-    return deltas
+from forerun.build import Models, build
+from forerun.config import Variant, load, parse
+from forerun.model import ASSETS
+from forerun.types import Request, Sampling, UserError, complete
 
 
 def test_a_server_that_tells_ids() -> None:
@@ -199,7 +94,29 @@ def test_settings_as_the_protocol_names_them(monkeypatch: pytest.MonkeyPatch) ->
         "return_token_ids": True, "key": "Bearer abc",
     }  # fmt: skip
     assert {name: value for name, value in first.items() if name != "seed"} == wanted
-    assert not plain.keys() & {"top_p", "top_k", "min_p", "stop", "logit_bias", "ignore_eos", "seed"}, "defaults are left out"
+    assert not plain.keys() & {"stop", "logit_bias", "ignore_eos", "stop_token_ids", "seed"}, "defaults are left out"
+
+
+LAW = {"temperature": 1.0, "top_p": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("software", "more"),
+    [
+        ("vllm", {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}),
+        ("sglang", {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}),
+        ("llamacpp", {"top_k": -1, "min_p": 0.0}),
+        ("other", {}),
+    ],
+)
+def test_the_law_is_said_at_its_defaults_too(software: str, more: dict[str, float]) -> None:
+    """What a request leaves out a server takes from the model's generation_config.json, which is another law."""
+    world = Server(software=software)
+    with world.running() as url:
+        complete(backend(url), asked(1, temperature=1.0))
+    [body] = world.got
+    names = {*LAW, "top_k", "min_p", "repetition_penalty"}
+    assert {name: value for name, value in body.items() if name in names} == LAW | more
 
 
 def test_prompts_as_text() -> None:
@@ -235,6 +152,28 @@ def test_a_cancel_hangs_up() -> None:
     assert server.facts["lost"] == []
 
 
+def test_what_is_cancelled_while_it_connects_is_not_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    connect, go, threads = http.client.HTTPConnection.connect, threading.Event(), []
+
+    def slow(connection: http.client.HTTPConnection) -> None:
+        threads.append(threading.current_thread())
+        assert go.wait(10)
+        connect(connection)
+
+    world = Server()
+    with world.running() as url:
+        server = backend(url)
+        monkeypatch.setattr(http.client.HTTPConnection, "connect", slow)
+        server.submit(asked(1)[0])
+        while not threads:
+            time.sleep(0.001)
+        server.cancel("r0")
+        go.set()
+        threads[0].join(10)
+        assert [delta.finish for delta in drain(server)] == ["cancelled"]
+    assert world.got == []
+
+
 def test_a_server_that_dies_amid_a_text_and_comes_back() -> None:
     """What it had begun is lost and said so, once; what is asked while it is away waits for it."""
     dying = Server(breaks=lambda body: 2 if body["prompt"][-1] == 10 else None)
@@ -261,6 +200,18 @@ def test_a_server_that_dies_amid_a_text_and_comes_back() -> None:
     assert len(again.got) == 1
     assert len(server.facts["lost"]) == 1
     assert server.facts["counters"] is None, "a server that is down has none"
+
+
+@pytest.mark.parametrize("software", ["vllm", "other"])
+def test_a_stream_that_breaks_after_its_text_has_lost_nothing(software: str) -> None:
+    with Server(software=software, breaks=lambda _: WHOLE).running() as url:
+        server = backend(url)
+        server.submit(asked(1)[0])
+        deltas = drain(server)
+        assert [delta.finish for delta in deltas] == [None, None, "length"]
+        assert sum(len(delta.tokens) for delta in deltas) == 5
+        assert server.facts["lost"] == []
+        assert server.facts["counters"] is None, "but the server may have died with it"
 
 
 @pytest.mark.parametrize("after", [0, 2])
@@ -355,17 +306,24 @@ def test_what_a_server_refuses(status: int, lost: bool) -> None:
                 drain(server)
 
 
-def test_counters_are_what_the_server_counted_meanwhile() -> None:
-    world = Server(rounds=10)
-    with world.running() as url:
-        server = backend(url)
-        complete(server, asked(1, max_new=6))
-        assert server.facts["counters"] == {"drafts": 6, "drafted": 9, "accepted": 6, "per_position": (6, 3)}
-        world.rounds = 0
-        assert server.facts["counters"] is None, "they went back: the server was started again"
-    with Server(metrics=False).running() as url:
-        assert backend(url).facts["counters"] is None
-    assert counters("# nothing here\n") is None
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ({"variant": {}, "card": {"root": "acme/other"}}, True),
+        ({"variant": {}, "card": {"root": str(ASSETS / "target")}}, False),
+        ({"variant": {}, "card": {"id": "/elsewhere/forerun/assets/target"}}, False),
+        ({"variant": {"endpoint": {"prompts": "text"}}, "card": {}}, False),
+        ({"variant": {"model": {"path": str(ASSETS / "target")}}, "card": {}}, False),
+    ],
+)
+def test_ids_of_the_embedded_tokenizer_do_not_go_silently_to_another_model(said: dict[str, Any], told: bool) -> None:
+    heard: list[str] = []
+    with Server(card=said["card"]).running() as url:
+        settings = {"backend": "endpoint"} | said["variant"]
+        settings["endpoint"] = {"url": url} | settings.get("endpoint", {})
+        build(parse(Variant, settings, "test"), Models(heard.append))
+    assert len(heard) == told
+    assert all("set model.path" in words and "endpoint.prompts=text" in words for words in heard)
 
 
 @pytest.mark.parametrize(("url", "message"), [("localhost:8000", "not a URL"), ("http://127.0.0.1:9", "cannot be reached")])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -128,8 +129,7 @@ def build(variant: Variant, models: Models) -> Backend:
     if variant.backend == "vllm":
         return build_vllm(variant, models.words(variant.model), models.say)
     if variant.backend == "endpoint":
-        tokenizer = models.words(variant.model).tokenizer
-        return Endpoint(variant.endpoint, tokenizer, variant.engine.rows, variant.engine.capacity)
+        return build_endpoint(variant, models)
     settings, loaded = variant.engine, models.target(variant.model)
     fitting = [loaded.model]
     if isinstance(variant.drafter, DraftModelConfig):
@@ -142,6 +142,26 @@ def build(variant: Variant, models: Models) -> Backend:
         build_target(loaded, variant, drafter.features), drafter, rule, rows=settings.rows, capacity=capacity,
         tokenizer=loaded.tokenizer, eos=end_tokens(loaded.model), chunk=settings.chunk, debug=settings.debug,
     )  # fmt: skip
+
+
+def build_endpoint(variant: Variant, models: Models) -> Endpoint:
+    """Says so where prompts would go as ids of the embedded model to a server of what may be another one."""
+    tokenizer, asked = models.words(variant.model).tokenizer, variant.endpoint
+    server = Endpoint(asked, tokenizer, variant.engine.rows, variant.engine.capacity)
+    if asked.prompts == "ids" and variant.model.path == EMBEDDED and not any(map(embedded_ids, server.names)):
+        models.say(
+            f"{server.base} serves {server.model!r} and gets prompts as token ids of the embedded model; if it is another, "
+            "set model.path to its folder or hub id, or endpoint.prompts=text"
+        )
+    return server
+
+
+def embedded_ids(name: str) -> bool:
+    """Whether a served model, by its name, has the embedded tokenizer: a copy's folder, or ours on another machine."""
+    folder = Path(name)
+    with suppress(OSError):  # not a folder that can be read here
+        return (folder / "tokenizer.json").read_bytes() == (ASSETS / "target" / "tokenizer.json").read_bytes()
+    return folder.parent.parts[-2:] == ASSETS.parts[-2:]
 
 
 def build_target(loaded: Loaded, variant: Variant, features: Sequence[int] = ()) -> Target:

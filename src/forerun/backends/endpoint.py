@@ -39,6 +39,8 @@ STRANGE = -1
 # Request fields beyond OpenAI's that a server reads, by what it says owns its models; another one would ignore them silently.
 ALL = frozenset({"top_k", "min_p", "repetition_penalty", "ignore_eos", "stop_token_ids"})
 EXTRAS = {"vllm": ALL, "sglang": ALL, "llamacpp": frozenset({"top_k", "min_p", "ignore_eos"})}
+# Sent at their defaults too: servers fill what a request leaves out from the model's generation_config.json or their own taste.
+LAW = frozenset({"top_p", "presence_penalty", "frequency_penalty", "top_k", "min_p", "repetition_penalty"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +104,7 @@ class Endpoint:
         except (KeyError, StopIteration, TypeError) as error:
             raise UserError(f"{base}/models names no model; say which with endpoint.model") from error
         card = models.get(self.model, {})
+        self.names = [str(card[key]) for key in ("id", "root") if card.get(key)]
         self.software = str(card.get("owned_by") or "unknown")
         self.capacity = int(card.get("max_model_len") or capacity)
         self.jobs: dict[tuple[str, int], Job] = {}
@@ -110,7 +113,8 @@ class Endpoint:
         self.lost: list[Lost] = []
         self.told_ids: bool | None = None  # unknown before the first token
         self.away_since: float | None = None  # when the server could not be reached, and not since
-        self.before = self._counters()
+        self.interrupted = False  # it was out of reach, or a stream broke: it may have been started again
+        self.before = self._metrics()
 
     @property
     def busy(self) -> bool:
@@ -126,7 +130,7 @@ class Endpoint:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """`counters` are of everything that the server did since this was built; None after a restart, which clears them."""
+        """`counters` are of all that the server did since this was built; None where a restart may have cleared them."""
         ids = {True: "ids from the server", False: "counted by the server, placed and named by the local tokenizer", None: None}
         return {
             "rule": f"the server's own ({self.software})",
@@ -142,16 +146,16 @@ class Endpoint:
             "device": "server",
             "server": {"url": self.base, "model": self.model, "software": self.software},
             "tokens": ids[self.told_ids],
-            "counters": grown(self.before, self._counters()),
+            "counters": None if self.interrupted else grown(self.before, self._metrics()),
             "lost": [asdict(one) for one in self.lost],
         }
 
-    def _counters(self) -> dict[str, float] | None:
+    def _metrics(self) -> str:
         request = urllib.request.Request(self.base.removesuffix("/v1") + "/metrics", headers=self.headers)
         try:
-            return counters(web.read(request, METRICS_S).decode(errors="replace"))
+            return web.read(request, METRICS_S).decode(errors="replace")
         except UserError:  # a server without such a page, or one that is down
-            return None
+            return ""
 
     def submit(self, request: Request) -> None:
         if not request.prompt:
@@ -173,20 +177,23 @@ class Endpoint:
         return body | self._settings(request.sampling, index) | ({"return_token_ids": True} if self.software == "vllm" else {})
 
     def _settings(self, sampling: Sampling, index: int) -> dict[str, Any]:
-        """Only what is not the default, for servers may know no more; UserError where this one is not known to."""
+        """The sampled law in full, else only what is not the default; UserError where the server may not know a field."""
+        known = EXTRAS.get(self.software, frozenset())
         said: dict[str, Any] = {"max_tokens": sampling.max_new, "temperature": sampling.temperature}
         others = {
             "top_p": (sampling.top_p, 1.0), "presence_penalty": (sampling.presence_penalty, 0.0),
             "frequency_penalty": (sampling.frequency_penalty, 0.0), "stop": (list(sampling.stop), []),
             "logit_bias": ({str(token): bias for token, bias in sampling.logit_bias.items()}, {}),
-            "top_k": (sampling.top_k, 0), "min_p": (sampling.min_p, 0.0),
+            "top_k": (sampling.top_k or -1, -1),  # off: SGLang refuses 0, vLLM and llama.cpp take both
+            "min_p": (sampling.min_p, 0.0),  # vLLM with drafts refuses it above 0 alone
             "repetition_penalty": (sampling.repetition_penalty, 1.0), "ignore_eos": (sampling.ignore_eos, False),
             "stop_token_ids": (list(sampling.stop_ids), []),
         }  # fmt: skip
-        said |= {name: value for name, (value, default) in others.items() if value != default}
+        always = LAW - (ALL - known)
+        said |= {name: value for name, (value, default) in others.items() if value != default or name in always}
         if sampling.seed is not None:
             said["seed"] = sampling.seed + index
-        unknown = said.keys() & ALL - EXTRAS.get(self.software, frozenset())
+        unknown = said.keys() & ALL - known
         if unknown:
             raise UserError(
                 f"{sorted(unknown)[0]}: {self.base} ({self.software}) is not known to read it and might ignore it silently; "
@@ -219,18 +226,19 @@ class Endpoint:
         if isinstance(what, UserError):
             self.jobs.pop((job.request.id, job.index))
             raise what
-        if isinstance(what, Exception):
-            return [*self._tell(job, None), self._lose(job, what)]
         if isinstance(what, Part):
             job.parts.append(what)
             if what.text or what.ids:
                 self.told_ids = what.ids is not None
             return self._tell(job, None) if self.told_ids and what.finish is None else []
+        broken = what if isinstance(what, Exception) else None
+        self.interrupted |= broken is not None
         finish = job.parts[-1].finish if job.parts else None
         if finish not in ("stop", "length"):
-            return [*self._tell(job, None), self._lose(job, ConnectionError(f"the text ended without a reason ({finish})"))]
-        del self.jobs[job.request.id, job.index]
-        return self._tell(job, what)
+            error = broken or ConnectionError(f"the text ended without a reason ({finish})")
+            return [*self._tell(job, None), self._lose(job, error)]
+        del self.jobs[job.request.id, job.index]  # what broke after its end has lost nothing of it
+        return self._tell(job, what if isinstance(what, int) else None)
 
     def _tell(self, job: Job, total: int | None) -> list[Delta]:
         """The parts that wait, as deltas; `total` is the number of tokens of the whole completion, where it is known."""
@@ -291,6 +299,10 @@ class Endpoint:
                 self._wait(job, began, error)
                 continue
             self.away_since = None
+            connection.auto_open = 0  # else a request on a connection that was hung up meanwhile would open it again
+            if job.stopped.is_set():
+                connection.close()  # who stopped it may have come before there was anything to close
+                raise ConnectionError("cancelled before it was sent")
             try:
                 connection.request("POST", f"{url.path}/completions", data, headers)
                 response = connection.getresponse()
@@ -308,6 +320,7 @@ class Endpoint:
 
     def _wait(self, job: Job, began: float, error: OSError) -> None:
         """Until the next attempt at a server out of reach at `began`; ConnectionError once that has lasted too long."""
+        self.interrupted = True
         since = self.away_since = self.away_since or began
         limit = self.config.timeout_s
         if job.stopped.wait(AGAIN_S) or time.perf_counter() - since > limit:
@@ -358,21 +371,24 @@ def spread(parts: Sequence[Part], total: int | None, tokenizer: PreTrainedTokeni
 
 
 COUNTER = re.compile(r"^vllm:spec_decode_num_(\w+?)(?:_total)?(?:\{(.*)\})? ([\d.eE+-]+)$", re.MULTILINE)
+BORN = re.compile(r"^(process_start_time_seconds|[\w:]+_created(?:\{.*\})?) (\S+)$", re.MULTILINE)
 
 
-def counters(text: str) -> dict[str, float] | None:
-    """vLLM's counters of speculation in Prometheus text, summed over its engines; None where it has none."""
+def counters(text: str) -> dict[str, float]:
+    """vLLM's counters of speculation in Prometheus text, summed over its engines; empty where it has none."""
     found: dict[str, float] = {}
     for name, labels, value in COUNTER.findall(text):
         place = re.search(r'position="(\d+)"', labels)
         key = f"{name}/{place[1]}" if place else name
         found[key] = found.get(key, 0.0) + float(value)
-    return found or None
+    return found
 
 
-def grown(before: dict[str, float] | None, after: dict[str, float] | None) -> dict[str, Any] | None:
-    """By how much; None where either is missing, or a counter went back, as after a restart."""
-    if before is None or after is None or any(after.get(name, -1.0) < value for name, value in before.items()):
+def grown(earlier: str, later: str) -> dict[str, Any] | None:
+    """By how much between two readings of a metrics page; None where either has none, or the server was started again."""
+    before, after, born = counters(earlier), counters(later), dict(BORN.findall(earlier))
+    again = any(born.get(name, since) != since for name, since in BORN.findall(later))
+    if not before or not after or again or any(after.get(name, -1.0) < value for name, value in before.items()):
         return None
     sums = {name: int(value - before.get(name, 0.0)) for name, value in after.items()}
     prefix = "accepted_tokens_per_pos/"

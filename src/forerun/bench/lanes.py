@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +56,7 @@ class Lane:
     phases: Phases | None = None
     told: dict[str, Any] = field(default_factory=dict)  # of the rule
     facts: dict[str, Any] = field(default_factory=dict)
+    warmed: dict[str, Any] | None = None  # counters of the warm-up
     readings: list[Reading] = field(default_factory=list)
     peak_memory_bytes: int | None = None
     peak_device_bytes: int | None = None
@@ -65,6 +67,9 @@ class Lane:
     def run(self) -> Run:
         if self.finished is not None:
             return self.finished
+        facts = {name: fact for name, fact in self.facts.items() if name != "lost"}  # lost.jsonl is the place for that
+        if "counters" in facts:
+            facts["counters"] = since(self.warmed, facts["counters"])
         drafter_random = getattr(self.variant.drafter, "weights", "pretrained") == "random"
         joules = [one.joules for one in self.readings if one.joules is not None]
         return Run(
@@ -72,7 +77,7 @@ class Lane:
             lost=self.lost,
             wall_seconds=self.wall_seconds,
             phases=self.phases,
-            facts={name: fact for name, fact in self.facts.items() if name != "lost"},  # lost.jsonl is the place for that
+            facts=facts,
             greedy=self.variant.sampling.temperature == 0,
             drafts=not isinstance(self.variant.drafter, NoDraftConfig),
             random_weights=self.variant.model.weights == "random" or drafter_random,
@@ -86,6 +91,15 @@ class Lane:
             session=self.session,
             error=self.error,
         )
+
+
+def since(before: dict[str, Any] | None, now: dict[str, Any] | None) -> dict[str, Any] | None:
+    """By how much a backend's counters (backends/vllm_rounds.py) grew; None where either is not known."""
+    if before is None or now is None:
+        return None
+    places = zip_longest(now["per_position"], before["per_position"], fillvalue=0)
+    grown = {name: now[name] - before[name] for name in ("drafts", "drafted", "accepted")}
+    return grown | {"per_position": tuple(new - old for new, old in places)}
 
 
 def weighted(shares: Sequence[tuple[float | None, float]]) -> float | None:
@@ -141,6 +155,8 @@ def prepare(lanes: Sequence[Lane], baseline: str, experiment: Experiment, maker:
                 prompt = lane.prompts[i % len(lane.prompts)]
                 serve(lane.backend, [request(prompt, lane.variant, experiment, f"warm-up {i}")], 1)
             lane.facts = lane.backend.facts | lane.told
+            if "counters" in lane.facts:  # of the run they are known at its end
+                lane.warmed, lane.facts["counters"] = lane.facts["counters"], None
             lane.meter = Meter(str(lane.facts.get("device", "cpu")), spread=lane.variant.model.device == "balanced")
 
 
