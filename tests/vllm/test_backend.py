@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ import torch
 from forerun.backends.vllm import Vllm
 from forerun.build import Models, build
 from forerun.config import Variant, parse
+from forerun.model import ASSETS
 from forerun.types import Completion, Request, Sampling, UserError, complete
 from forerun.verbs.vllm_args import serve
 
@@ -89,6 +91,7 @@ def test_greedy_texts_are_generates_and_rounds_are_ours(drafter: str, models: Mo
     assert torch.get_num_threads() == 1, "vLLM, or numba by way of its ngram drafter, gave torch other threads"
     facts = backend.facts
     assert (facts["dtype"], facts["rows"], facts["capacity"]) == ("float32", 3, 256)
+    assert facts["repaired"] == (None if drafter == "none" else "vllm.v1.sample.rejection_sampler.expand_batch_to_tokens")
     told = [one for completion in found for one in completion.rounds]
     assert all(one.accepted <= one.drafted <= DRAFTERS[drafter].get("k", 0) for one in told)
     emitted = [sum(one.accepted + 1 for one in completion.rounds) for completion in found]
@@ -122,6 +125,30 @@ def test_suffix_drafting_asks_for_its_library(models: Models) -> None:
     wanted = [generated(models, request) for request in requests(models)]
     assert [one.tokens for one in complete(backend, requests(models))] == wanted
     assert backend.facts["counters"]["accepted"] > 10
+
+
+def test_how_many_tokens_are_drafted_may_be_left_to_vllm(models: Models, tmp_path: Path) -> None:
+    """It reads the number from the draft's own config here, from its defaults for others."""
+    folder = shutil.copytree(ASSETS / "draft", tmp_path / "draft")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"n_predict": 3}))
+    options = {"speculative_config": {"method": "draft_model", "model": str(folder)}}
+    backend = build(variant("none", vllm=variant("none").vllm.model_dump() | {"options": options}), models)
+    known = build(variant("model"), models)
+    found, wanted = complete(backend, requests(models)), complete(known, requests(models))
+    assert [one.rounds for one in found] == [one.rounds for one in wanted]
+    assert backend.facts["drafter"] == "draft_model, a chain of 3"
+    assert backend.facts["counters"] == known.facts["counters"]
+
+
+def test_medusa_drafts_no_more_than_its_heads(models: Models) -> None:
+    """As in our engine, of which more are asked here than there are."""
+    many = {"kind": "medusa", "k": 6, "choices": [[0] * length for length in range(1, 5)]}
+    backend = build(variant(many), models)
+    found, ours = (complete(one, requests(models)) for one in (backend, build(variant(many, backend="forerun"), models)))
+    assert [one.tokens for one in found] == [one.tokens for one in ours]
+    assert [accepted(one) for one in found] == [accepted(one) for one in ours]
+    assert backend.facts["drafter"] == "medusa, a chain of 4"
 
 
 @pytest.fixture(scope="module")
@@ -260,6 +287,7 @@ def test_what_this_vllm_cannot_do_is_said_in_one_line(
 
 SCRIPT = """
 import json, sys
+from dataclasses import replace
 sys.path.insert(0, {tests!r})
 from forerun.build import Models, build
 from forerun.config import Variant, parse
@@ -273,9 +301,11 @@ if __name__ == "__main__":
         print(json.dumps(str(error)))
         raise SystemExit
     asked = [Request(str(i), tuple(prompt), Sampling(max_new={new})) for i, prompt in enumerate(job["prompts"])]
-    found = complete(backend, asked)
+    found, before = complete(backend, asked), backend.facts
     told = [[(one.drafted, one.accepted) for one in completion.rounds] for completion in found]
-    print(json.dumps([[one.tokens for one in found], told, backend.facts["counters"]]))
+    stopped = complete(backend, [replace(one, sampling=replace(one.sampling, stop=(job["stop"],))) for one in asked[:1]])
+    after = backend.facts["counters"]
+    print(json.dumps([[one.tokens for one in found], told, before, stopped[0].finish, stopped[0].rounds, after]))
 """
 
 
@@ -298,16 +328,23 @@ def test_an_engine_core_in_a_process_of_its_own_tells_the_same(pair: Vllm, model
     wanted = complete(pair, asked)
     settings = variant("model").vllm.model_dump() | {"multiprocess": True}
     job = {"variant": variant("model", vllm=settings).model_dump(mode="json"), "prompts": [one.prompt for one in asked]}
-    tokens, told, counters = elsewhere(job, tmp_path)
+    middle = wanted[0].text[len(wanted[0].text) // 2 :][:5]
+    tokens, told, facts, finish, rounds, counters = elsewhere(job | {"stop": middle}, tmp_path)
     assert tokens == [list(one.tokens) for one in wanted]
     assert told == [[[one.drafted, one.accepted] for one in completion.rounds] for completion in wanted]
     after = pair.facts["counters"]
-    assert counters["accepted"] == after["accepted"] - before["accepted"]
+    assert facts["counters"]["accepted"] == after["accepted"] - before["accepted"]
+    assert facts["counters"]["drafts"] == after["drafts"] - before["drafts"]
+    assert facts["repaired"].startswith("unknown: ")
+    [stopped] = complete(pair, requests(models, stop=(middle,))[:1])
+    assert (finish, rounds) == ("stop", []), "nothing tells what was drafted for it"
+    assert counters["drafts"] >= facts["counters"]["drafts"] + len(stopped.rounds), "which is counted"
+    assert counters["accepted"] >= facts["counters"]["accepted"] + sum(one.accepted for one in stopped.rounds)
 
 
 def test_what_goes_wrong_in_that_process_is_told_here(tmp_path: Path) -> None:
     settings = variant("none").vllm.model_dump() | {"multiprocess": True, "kv_cache_memory_bytes": 1024}
-    told = elsewhere({"variant": variant("none", vllm=settings).model_dump(mode="json"), "prompts": []}, tmp_path)
+    told = elsewhere({"variant": variant("none", vllm=settings).model_dump(mode="json"), "prompts": [], "stop": ""}, tmp_path)
     assert isinstance(told, str)
     assert told.startswith("vLLM refuses this: ")
     assert "No available memory for the cache" in told
@@ -318,7 +355,8 @@ def test_the_command_line_is_read_by_vllm_as_it_was_meant(models: Models) -> Non
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    settings = {"enforce_eager": True, "enable_prefix_caching": False, "kv_cache_memory_bytes": 64 << 20}
+    options = {"cudagraph_capture_sizes": [1, 2], "served_model_name": ["a", "b"], "disable_log_stats": True}
+    settings = {"enforce_eager": True, "enable_prefix_caching": False, "kv_cache_memory_bytes": 64 << 20, "options": options}
     rule = {"kind": "typical", "epsilon": 0.2}
     asked = variant("model", vllm=settings, rule=rule, sampling={"temperature": 0.7, "min_p": 0.1})
     _, _, model, *rest = shlex.split(serve(asked))
@@ -328,4 +366,8 @@ def test_the_command_line_is_read_by_vllm_as_it_was_meant(models: Models) -> Non
     assert {name: read.speculative_config[name] for name in draft} == draft
     assert read.additional_config == {"forerun": {"rule": rule, "min_p": 0.1}}
     assert (read.max_model_len, read.max_num_seqs, read.dtype) == (256, 3, "float32")
+    assert {name: getattr(read, name) for name in options} == options
+    config = read.create_model_config()
+    assert config.get_diff_sampling_param() == {}, "what a request does not say is filled from the model's folder"
+    assert "eos_token_id" in config.try_get_generation_config(), "its ends are lost"
     assert (read.enforce_eager, read.enable_prefix_caching, read.kv_cache_memory_bytes) == (True, False, 64 << 20)

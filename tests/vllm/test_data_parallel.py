@@ -1,6 +1,7 @@
 """Several vLLM processes on the cores of one machine: a server of two engines that dies amid a benchmark, and two workers that
 share a model."""
 
+import itertools
 import json
 import os
 import re
@@ -178,15 +179,26 @@ from forerun.types import Request, Sampling, complete
 if __name__ == "__main__":
     job = json.load(sys.stdin)
     backend = build(parse(Variant, job["variant"], "test"), Models())
-    asked = [Request(str(i), tuple(prompt), Sampling(max_new=job["new"])) for i, prompt in enumerate(job["prompts"])]
-    print(json.dumps([one.tokens for one in complete(backend, asked)]))
+    sampling = Sampling(max_new=job["new"], temperature=job["temperature"])
+    asked = [Request(str(i), tuple(prompt), sampling) for i, prompt in enumerate(job["prompts"])]
+    found = complete(backend, asked)
+    print(json.dumps([[one.tokens, [(each.drafted, each.accepted) for each in one.rounds]] for one in found]))
 """
+
+
+def elsewhere(script: Path, settings: dict[str, Any], prompts: list[tuple[int, ...]], new: int, temperature: float) -> Any:
+    """Tokens and rounds of each prompt, from a process of its own."""
+    script.write_text(SCRIPT)
+    job = json.dumps({"variant": settings, "prompts": prompts, "new": new, "temperature": temperature})
+    command = [sys.executable, str(script)]
+    done = subprocess.run(command, input=job, capture_output=True, text=True, check=False, env=environment(), timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def test_two_workers_that_share_a_model_write_what_transformers_writes(folder: Path, tmp_path: Path) -> None:
     """Tensor parallel 2, with the cores that forerun gives each; the engine and its workers in processes of their own."""
-    script, prompts = tmp_path / "job.py", [(1, 2, 3, 4), (90, 5, 17, 33), (8, 8, 8, 9)]
-    script.write_text(SCRIPT)
+    prompts = [(1, 2, 3, 4), (90, 5, 17, 33), (8, 8, 8, 9)]
     settings = {
         "model": {"path": str(folder), "dtype": "float32"}, "drafter": {"kind": "none"}, "backend": "vllm",
         "engine": {"rows": 3, "capacity": 256},
@@ -194,8 +206,32 @@ def test_two_workers_that_share_a_model_write_what_transformers_writes(folder: P
             "tensor_parallel_size": 2, "multiprocess": True, "enforce_eager": True, "kv_cache_memory_bytes": 16 << 20,
         },
     }  # fmt: skip
-    job = json.dumps({"variant": settings, "prompts": prompts, "new": 60})
-    command = [sys.executable, str(script)]
-    done = subprocess.run(command, input=job, capture_output=True, text=True, check=False, env=environment(), timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert [tuple(row) for row in json.loads(done.stdout.splitlines()[-1])] == wanted(folder, prompts, 60)
+    found = elsewhere(tmp_path / "job.py", settings, prompts, 60, 0.0)
+    assert [tuple(tokens) for tokens, _ in found] == wanted(folder, prompts, 60)
+
+
+def test_two_workers_that_share_a_model_draw_alike(folder: Path, tmp_path: Path) -> None:
+    """Drafts, and acceptance by a rule of forerun's: as one process draws alone, whose batches are the same."""
+    draft = LlamaForCausalLM.from_pretrained(folder).requires_grad_(False)
+    for weight, noise in zip(draft.parameters(), itertools.count(), strict=False):
+        if weight.ndim > 1:
+            draw = torch.Generator().manual_seed(noise)
+            weight.add_(torch.randn(weight.shape, generator=draw) * (0.6 / weight.shape[1] ** 0.5))
+    draft.save_pretrained(tmp_path / "draft")
+    settings = {
+        "model": {"path": str(folder), "dtype": "float32"}, "backend": "vllm", "rule": {"kind": "block"},
+        "drafter": {"kind": "model", "path": str(tmp_path / "draft"), "k": 3}, "sampling": {"temperature": 0.7},
+        "engine": {"rows": 40, "capacity": 64},
+    }  # fmt: skip
+    alone, two = (
+        elsewhere(
+            tmp_path / "job.py",
+            settings | {"vllm": {"tensor_parallel_size": size, "enforce_eager": True, "kv_cache_memory_bytes": 16 << 20}},
+            [(1, 2, 3, 4)] * 40, 20, 0.7,
+        )
+        for size in (1, 2)
+    )  # fmt: skip
+    assert two == alone
+    assert len({tuple(tokens) for tokens, _ in two}) > 30, "they sample"
+    accepted = [one for _, rounds in two for _, one in rounds]
+    assert 0 < sum(accepted) < 3 * len(accepted), "drafts that are always or never kept would show nothing"

@@ -16,12 +16,13 @@ from functools import reduce
 from typing import TYPE_CHECKING, Any
 
 from forerun.backends import vllm_process
-from forerun.backends.vllm_args import draft_tokens, engine_arguments, here
+from forerun.backends.vllm_args import drafts, engine_arguments, here
 from forerun.backends.vllm_files import find_draft, longest, target_folder
 from forerun.backends.vllm_rounds import Counters, StepStats, match
 from forerun.backends.vllm_score import Scoring
 from forerun.backends.words import Words
 from forerun.config import Variant
+from forerun.plugin.repair import repaired
 from forerun.text import Detokenizer, cut
 from forerun.types import Delta, Finish, Request, Sampling, UserError
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 EAGER_DRAWS = 1e-5
 """Temperatures below this are greedy to vLLM."""
+ROUNDS = "per_request_spec_decode_metrics"
 
 
 @dataclass
@@ -57,7 +59,8 @@ class Vllm:
     """A Backend around one vLLM engine.
 
     In this process, rounds are told as they happen. An engine core in a process of its own tells them when a request has ended:
-    with drafts, its deltas come then, each with the time at which it was made. `facts` has the counters of all rounds so far.
+    with drafts, its deltas come then, each with the time at which it was made; of a request that a stop string ended it tells
+    none. `facts` has the counters of all rounds so far, those too.
     """
 
     def __init__(
@@ -72,11 +75,10 @@ class Vllm:
         """Start an engine with EngineArgs; UserError with what vLLM says where it refuses them."""
         self.tokenizer, self.eos, self.vocabulary, self.multiprocess = tokenizer, eos, vocabulary, multiprocess
         self.vllm = vllm_process.load(multiprocess)
-        self.arguments, self.k = here(arguments), draft_tokens(arguments)
+        self.arguments = here(arguments)
         self.jobs: dict[str, Job] = {}
         self.cancelled: list[Delta] = []
-        self.counters = Counters.none(self.k)
-        self.pooled: list[StepStats] = []  # what vLLM counts for all requests together, where it tells no rounds
+        self.pooled: list[StepStats] = []  # what vLLM counts for all requests together, where it does not tell every round
         with vllm_process.hushed() as log:
             try:
                 self.engine = self._start()
@@ -85,10 +87,13 @@ class Vllm:
                     raise
                 raise UserError(f"vLLM refuses this: {vllm_process.cause(error, log)}") from error
         config = self.engine.vllm_config
+        self.k = int(config.speculative_config.num_speculative_tokens) if config.speculative_config is not None else 0
+        self.tells = not self.k or self.arguments.get(ROUNDS) == "detailed"
+        self.counters = Counters.none(self.k)
         self.capacity = int(config.model_config.max_model_len)
         self.min_p = float(((arguments.get("additional_config") or {}).get("forerun") or {}).get("min_p") or 0.0)
-        # The CPU build packs weights where no one sees them, and processes of their own take no functions.
-        hidden = multiprocess or config.device_config.device_type == "cpu" or config.parallel_config.world_size > 1
+        self.elsewhere = multiprocess or config.parallel_config.world_size > 1  # processes of their own take no functions
+        hidden = self.elsewhere or config.device_config.device_type == "cpu"  # whose build packs weights where no one sees them
         self.weight_bytes = None if hidden else int(sum(self.engine.apply_model(weigh)))
 
     def _start(self) -> Any:
@@ -96,15 +101,15 @@ class Vllm:
         from vllm.v1.engine.llm_engine import LLMEngine
 
         known = getattr(EngineArgs, "__dataclass_fields__", {})
-        if self.k and "per_request_spec_decode_metrics" not in known:
-            del self.arguments["per_request_spec_decode_metrics"]
-        self.tells = not self.k or self.arguments.get("per_request_spec_decode_metrics") == "detailed"
-        if not self.tells:
+        if ROUNDS not in known:
+            self.arguments.pop(ROUNDS, None)
+        pooled = drafts(self.arguments) and (self.multiprocess or self.arguments.get(ROUNDS) != "detailed")
+        if pooled:
             self.arguments["disable_log_stats"] = False
         strange = [name for name in self.arguments if name not in known]
         if strange:
             raise UserError(f"vllm.options.{strange[0]}: this vLLM ({self.vllm.__version__}) has no such engine argument")
-        loggers = None if self.tells else [StepStats.maker(self.k, self.pooled)]
+        loggers = [StepStats.maker(self.pooled)] if pooled else None
         engine = LLMEngine.from_engine_args(EngineArgs(**self.arguments), stat_loggers=loggers)
         # An engine in this process that is collected would take the process groups of all others with it.
         finalizer = None if self.multiprocess else getattr(engine.engine_core, "_finalizer", None)
@@ -147,8 +152,17 @@ class Vllm:
             "quantization": config.model_config.quantization,
             "tensor_parallel_size": config.parallel_config.tensor_parallel_size,
             "preloaded": os.environ.get("LD_PRELOAD") or None,  # vLLM's CPU build is faster with tcmalloc and libiomp5 there
-            "counters": counters.to_json() if self.k else None,
+            "repaired": self._repaired(),
+            "counters": counters.to_json() if self.k and (self.tells or self.pooled) else None,
         }
+
+    def _repaired(self) -> str | None:
+        """What forerun's plugin replaced in vLLM, whose log of it is silent; None: nothing."""
+        if not self.k or self.elsewhere:
+            return "unknown: vLLM drafts in another process" if self.k else None
+        from vllm.v1.sample import rejection_sampler
+
+        return repaired(rejection_sampler)
 
     def submit(self, request: Request) -> None:
         if not request.prompt:
@@ -252,7 +266,8 @@ class Vllm:
         job.begun = True
         if fresh:
             job.told += len(fresh)
-            self.counters = self.counters.plus(fresh)
+            if not self.pooled:
+                self.counters = self.counters.plus(fresh)
         return out
 
 
@@ -296,9 +311,9 @@ def build(variant: Variant, words: Words, say: Callable[[str], None]) -> Vllm:
     if variant.model.device not in ("auto", device):
         raise UserError(f"model.device={variant.model.device}: this vLLM ({module.__version__}) runs on {device}")
     workers = config.tensor_parallel_size * config.pipeline_parallel_size
-    drafts = draft_tokens(arguments)
     ours = "forerun" in (arguments.get("additional_config") or {})
-    if (config.multiprocess or workers > 1) and drafts and (ours or (device == "cpu" and variant.sampling.temperature > 0)):
+    stretched = device == "cpu" and variant.sampling.temperature > 0  # by the function that the plugin repairs
+    if (config.multiprocess or workers > 1) and drafts(arguments) and (ours or stretched):
         reach_what = f"rule.kind={variant.rule.kind}" if ours else "sampling with drafts on vLLM's CPU build"
         vllm_process.reach_workers(reach_what)
     if device == "cpu":

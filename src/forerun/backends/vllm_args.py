@@ -27,8 +27,10 @@ OWN_RULES = ("auto", "standard")
 """What vLLM does by itself; forerun's plugin computes every other rule inside it."""
 NOT_ARGUMENTS = ("multiprocess", "options", "draft_tensor_parallel_size", "max_model_len")
 """Fields of VllmConfig that are not engine arguments, or are not handed on as they are."""
-HERE_ONLY = ("skip_tokenizer_init", "generation_config", "disable_log_stats", "per_request_spec_decode_metrics")
-"""Arguments that suit an engine that is measured in this process, and no server."""
+SWITCHES = ("disable_log_stats", "aggregate_engine_logging", "data_parallel_multi_port_external_lb", "headless", "grpc")
+"""What a server's command line can say yes to alone; every other truth has a `--no-`."""
+JSON_LISTS = ("allowed_origins", "allowed_methods", "allowed_headers")
+"""Lists that it reads as JSON; of every other one each item is a word."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class Draft:
 
     path: str
     method: str
+    most: int | None = None  # tokens that it can draft at once; None: any number
 
 
 def engine_arguments(variant: Variant, target: str, draft: Draft | None, longest: int | None = None) -> dict[str, Any]:
@@ -54,6 +57,7 @@ def engine_arguments(variant: Variant, target: str, draft: Draft | None, longest
         "dtype": variant.model.dtype,
         "max_model_len": capacity,
         "max_num_seqs": variant.engine.rows,
+        "generation_config": "vllm",  # what a request does not say is not filled from the model's folder; its ends are read
     } | {key: value for key, value in given.items() if value != defaults[key]}
     if variant.model.weights == "random":
         said["load_format"] = "dummy"
@@ -82,7 +86,7 @@ def speculative(variant: Variant, draft: Draft | None) -> dict[str, Any]:
     if isinstance(drafter, NGramConfig):
         return {"method": "ngram", **said, "prompt_lookup_min": drafter.lookup_min, "prompt_lookup_max": drafter.lookup_max}
     assert draft is not None
-    said = {"method": draft.method, "model": draft.path} | said
+    said = {"method": draft.method, "model": draft.path, "num_speculative_tokens": min(drafter.k, draft.most or drafter.k)}
     if variant.vllm.draft_tensor_parallel_size is not None:
         said["draft_tensor_parallel_size"] = variant.vllm.draft_tensor_parallel_size
     # vLLM drafts greedily unless told otherwise; at temperature 0 both are the same, and greedy drafting is the cheaper.
@@ -117,28 +121,29 @@ def refuse_unsayable(variant: Variant) -> None:
         raise UserError(f"drafter.choices with vLLM: it drafts chains, no trees; leave them out, for a chain of {drafter.k}")
 
 
-def draft_tokens(arguments: Mapping[str, Any]) -> int:
-    """Tokens drafted a round, 0 without a drafter."""
-    return int((arguments.get("speculative_config") or {}).get("num_speculative_tokens") or 0)
+def drafts(arguments: Mapping[str, Any]) -> bool:
+    """Whether anything is to be drafted; how many tokens, vLLM may fill in."""
+    return bool(arguments.get("speculative_config"))
 
 
 def here(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The same for an engine in this process, whose prompts are token ids and whose text and ends are ours to tell."""
-    own: dict[str, Any] = {"skip_tokenizer_init": True, "generation_config": "vllm", "disable_log_stats": True}
-    return own | ({"per_request_spec_decode_metrics": "detailed"} if draft_tokens(arguments) else {}) | dict(arguments)
+    """The same for an engine that is measured from this process: prompts are token ids, texts and ends are ours to tell."""
+    own: dict[str, Any] = {"skip_tokenizer_init": True, "disable_log_stats": True}
+    return own | ({"per_request_spec_decode_metrics": "detailed"} if drafts(arguments) else {}) | dict(arguments)
 
 
 def command(arguments: Mapping[str, Any]) -> list[str]:
-    """The words of `vllm serve` for these arguments."""
+    """The words of `vllm serve` for these arguments, as its parser reads each kind."""
     words = ["vllm", "serve", str(arguments["model"])]
     for name, value in arguments.items():
-        if name in ("model", *HERE_ONLY) or value is None:
+        if name == "model" or value is None or (value is False and name in SWITCHES):
             continue
         flag = name.replace("_", "-")
         if isinstance(value, bool):
             words.append(f"--{flag}" if value else f"--no-{flag}")
-        else:
-            words += [f"--{flag}", json.dumps(value) if isinstance(value, dict | list) else str(value)]
+            continue
+        items = value if isinstance(value, list) and name not in JSON_LISTS else [value]
+        words += [f"--{flag}", *(json.dumps(item) if isinstance(item, dict | list) else str(item) for item in items)]
     return words
 
 

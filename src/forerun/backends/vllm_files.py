@@ -14,6 +14,7 @@ from forerun import __version__
 from forerun.backends.vllm_args import Draft
 from forerun.compress.cache import cache_folder, compressed
 from forerun.compress.opened import model_place
+from forerun.compress.restore import read_settings
 from forerun.config import EMBEDDED, DraftModelConfig, EagleConfig, MedusaConfig, MLPConfig, ModelConfig, Variant
 from forerun.heads import Medusa, MLPSpeculator, formats
 from forerun.heads.formats.files import Parts
@@ -29,11 +30,25 @@ METHODS = {"medusa": "medusa", "mlp": "mlp_speculator"}
 def target_folder(config: ModelConfig, embedded: str, say: Callable[[str], None]) -> str:
     """A folder, or the hub id as it is."""
     if config.recipes:
-        return str(compressed(config, embedded, say, lambda _what, _done, _all: None))
+        return readable(compressed(config, embedded, say, lambda _what, _done, _all: None))
     if config.path != EMBEDDED and not Path(config.path).exists():
         return config.path
     place = model_place(config.path, embedded)
-    return str(place.parent if place.is_file() else place)  # random weights may come from a config.json alone
+    return readable(place.parent if place.is_file() else place)  # random weights may come from a config.json alone
+
+
+def readable(folder: Path) -> str:
+    """The folder; UserError where layers in it are of forerun's own kind, which no other library reads."""
+    try:
+        pruned = (read_settings(folder).get("forerun") or {}).get("pruned")
+    except UserError:  # vLLM says what is wrong with it
+        pruned = None
+    if pruned:
+        raise UserError(
+            f"model folder {folder}: vLLM does not read layers that were pruned with what=input or what=output; prune with "
+            "what=mlp or what=heads, or measure it with backend=forerun"
+        )
+    return str(folder)
 
 
 def find_draft(variant: Variant, say: Callable[[str], None]) -> Draft | None:
@@ -46,7 +61,10 @@ def find_draft(variant: Variant, say: Callable[[str], None]) -> Draft | None:
 
 
 def find_head(config: HeadConfig, target: ModelConfig) -> Draft:
-    """A copy in the layout that vLLM reads as it is meant, made once; a head that forerun does not read goes as it is."""
+    """A copy in the layout that vLLM reads as it is meant, made once; a head that forerun does not read goes as it is.
+
+    Medusa drafts as many tokens as it has heads, at most.
+    """
     folder = ASSETS / config.kind if config.path == EMBEDDED else Path(config.path)
     try:
         settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -66,7 +84,8 @@ def find_head(config: HeadConfig, target: ModelConfig) -> Draft:
             raise UserError(f"drafter.path={config.path} holds a head of kind {head.shape.kind}, not {config.kind}")
         parts = without_bias(formats.parts_of(head, layout(head), target.path, max(config.k, 1)))
         write_folder(place, parts.settings, parts.tensors)
-    return Draft(str(place), method(config, json.loads((place / "config.json").read_text(encoding="utf-8"))))
+    settings = json.loads((place / "config.json").read_text(encoding="utf-8"))
+    return Draft(str(place), method(config, settings), settings["num_heads"] if config.kind == "medusa" else None)
 
 
 def method(config: HeadConfig, settings: dict[str, Any]) -> str:

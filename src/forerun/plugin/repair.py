@@ -44,6 +44,11 @@ def mend(module: ModuleType) -> bool:
     return True
 
 
+def repaired(module: ModuleType) -> str | None:
+    """The name of what `mend` replaced in a module; None: nothing."""
+    return f"{module.__name__}.expand_batch_to_tokens" if module.expand_batch_to_tokens is expand else None
+
+
 def once(register: Callable[[Mapping[str, Any]], None], known: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], None]:
     """vLLM's `register_kernels`, for kernels that are not `known` yet."""
 
