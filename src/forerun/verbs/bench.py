@@ -122,7 +122,9 @@ def plan(
         if said.backend == "endpoint":  # a server drafts as it was started to
             return load(None, overrides, given | {"variants": {"server": {}}})
         # Many prompts: the interval is over them, not repeats.
-        once: dict[str, Any] = {"repeats": 1, "sampling.max_new": 48} if said.workload.kind == "demo" else {}
+        once: dict[str, Any] = (
+            {"repeats": 1, "sampling.max_new": 48, "workload.limit": 32} if said.workload.kind == "demo" else {}
+        )
         drafted = "path" in of_drafter or any(word.startswith("drafter.path=") for word in overrides)
         compared = methods.compare(wanted(method, said.model.path, drafted), of_drafter)
         if method is None and said.model.path == EMBEDDED and not drafted and said.workload.kind == "demo":
