@@ -18,6 +18,7 @@ import statistics
 import sys
 import tempfile
 from collections import defaultdict
+from contextlib import chdir
 from pathlib import Path
 
 import torch
@@ -25,8 +26,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from forerun.bench import hardware
-from forerun.compress.apply import Task, linears, quantize
-from forerun.compress.calibrate import decoder_layers, sequential
+from forerun.compress.apply import Task, quantize
+from forerun.compress.calibrate import decoder_layers, linears, sequential
 from forerun.compress.prune import lost
 from forerun.compress.recipes import Units
 from forerun.compress.restore import load as load_folder
@@ -91,7 +92,7 @@ def main() -> None:
         hessians, ours = seen(model, tokens_ST), copy.deepcopy(model)
         quantize(Task(0, ours, tokens_ST, Units(), lambda *_: None), recipe)
         sides = {"forerun": errors(model, ours, hessians)}
-        with torch.enable_grad():
+        with torch.enable_grad(), chdir(scratch):  # where it leaves its log
             other = theirs(tokens_ST, recipe, Path(scratch) / "model")
         sides["gptqmodel"] = errors(model, other, hessians)
     kinds: dict[str, list[tuple[float, float]]] = defaultdict(list)
