@@ -122,3 +122,16 @@ def plain_greedy(model: PreTrainedModel, prompt: tuple[int, ...], new: int) -> l
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0
     )
     return out[0, len(prompt) :].tolist()
+
+
+def wide_headed(**sizes: object) -> LlamaForCausalLM:
+    """A Llama with heads of 32, which vLLM's CPU attention needs."""
+    own = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    return LlamaForCausalLM(LlamaConfig(**SIZES | own | sizes)).requires_grad_(False)
+
+
+def redraw(model: PreTrainedModel, scale: float, kept: float = 0.0) -> None:
+    """Draw every matrix anew, and keep so much of what it was; `scale` is that of its products."""
+    for weight in model.parameters():
+        if weight.ndim > 1:
+            weight.copy_(kept * weight + torch.randn_like(weight) * (scale / weight.shape[1] ** 0.5))

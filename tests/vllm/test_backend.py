@@ -7,7 +7,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,18 +47,6 @@ def variant(drafter: str | dict[str, Any], backend: str = "vllm", **settings: An
         "vllm": {"enforce_eager": True, "kv_cache_memory_bytes": 64 << 20},
     }
     return parse(Variant, base | settings, "test")
-
-
-@pytest.fixture(scope="module")
-def models() -> Models:
-    return Models()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FORERUN_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 def requests(models: Models, **sampling: Any) -> list[Request]:

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +25,6 @@ QUANTIZED = {"bits": 4, "group_size": 32, "symmetric": True}
 ROUND = {"kind": "rtn"} | QUANTIZED
 GPTQ = {"kind": "gptq", "calibration": {"samples": 4, "length": 64}} | QUANTIZED
 PRUNE = {"kind": "prune", "what": "mlp", "fraction": 0.25}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FORERUN_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
-@pytest.fixture(scope="module")
-def models() -> Models:
-    return Models()
 
 
 def variant(model: dict[str, Any], backend: str = "vllm", drafter: dict[str, Any] | None = None) -> Variant:

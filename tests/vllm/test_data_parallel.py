@@ -19,10 +19,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from forerun.config import WorkloadConfig
 from forerun.workload import load
+from models import redraw, wide_headed
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # of vLLM's own
@@ -35,17 +36,11 @@ FORERUN = [sys.executable, "-c", "from forerun.cli import main; main()"]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random target; heads of 32, which vLLM's CPU attention needs, and an even number of all that is shared by two."""
-    config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=2, max_position_embeddings=512, bos_token_id=None, eos_token_id=None, pad_token_id=None,
-    )  # fmt: skip
+    """A random target; an even number of all that is shared by two."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = LlamaForCausalLM(config).requires_grad_(False)
-        for weight in model.parameters():
-            if weight.ndim > 1:
-                weight.copy_(torch.randn_like(weight) * (2.0 / weight.shape[1] ** 0.5))
+        model = wide_headed(vocab_size=VOCABULARY, num_hidden_layers=2, num_key_value_heads=2, max_position_embeddings=512)
+        redraw(model, 2.0)
     place = tmp_path_factory.mktemp("model")
     model.save_pretrained(place)
     return place

@@ -5,13 +5,12 @@ A head that were read wrongly, or given other layers of the target, would still 
 
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from forerun.build import Models, build
 from forerun.config import EMBEDDED, Variant, parse
@@ -19,6 +18,7 @@ from forerun.heads import Eagle, EagleShape, MLPShape, MLPSpeculator, formats
 from forerun.heads.store import load, save
 from forerun.model import ASSETS
 from forerun.types import Completion, Request, Sampling, UserError, complete
+from models import redraw, wide_headed
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of vLLM's own
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # before anything imports vLLM
@@ -26,26 +26,13 @@ VOCABULARY, HIDDEN, WIDE, K, NEW = 64, 64, 96, 3, 60
 IDS = "eagle_aux_hidden_state_layer_ids"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FORERUN_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
 @pytest.fixture(scope="module")
 def target(tmp_path_factory: pytest.TempPathFactory) -> LlamaForCausalLM:
-    """One layer over embeddings that are of norm 1 already; heads of 32, which vLLM's CPU attention needs."""
-    config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=WIDE, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=256, bos_token_id=None, eos_token_id=None, pad_token_id=None,
-    )  # fmt: skip
+    """One layer over embeddings that are of norm 1 already."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
-        model = LlamaForCausalLM(config).requires_grad_(False)
-        for weight in model.parameters():
-            if weight.ndim > 1:
-                weight.copy_(torch.randn_like(weight) * (1.5 / weight.shape[1] ** 0.5))
+        model = wide_headed(vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=WIDE)
+        redraw(model, 1.5)
         embeddings = model.get_input_embeddings().weight
         embeddings.copy_(embeddings / embeddings.square().mean(-1, keepdim=True).sqrt())
     model.save_pretrained(place := tmp_path_factory.mktemp("target"))

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from forerun.accept import Standard, choose
 from forerun.accept.exact import Process, distance, drawn_chains, first_tokens, score
@@ -21,6 +21,7 @@ from forerun.config import Variant, parse
 from forerun.plugin import settings, versions
 from forerun.sampling import build_warp, law
 from forerun.types import Sampling, UserError
+from models import redraw, wide_headed
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of vLLM's own
 VOCABULARY, DRAFTS, REQUESTS = 8, 2, 4000
@@ -36,19 +37,13 @@ RULES: list[dict[str, Any]] = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random target and a draft that is the target with noise; heads of 32, which vLLM's CPU attention needs."""
+    """A random target and a draft that is the target with noise."""
     place = tmp_path_factory.mktemp("models")
-    config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=256, bos_token_id=None, eos_token_id=None, pad_token_id=None,
-    )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = LlamaForCausalLM(config).requires_grad_(False)
+        model = wide_headed(vocab_size=VOCABULARY)
         for name, kept, noise in (("target", 0.0, 1.5), ("draft", 1.0, 0.6)):
-            for weight in model.parameters():
-                if weight.ndim > 1:
-                    weight.copy_(kept * weight + torch.randn_like(weight) * (noise / weight.shape[1] ** 0.5))
+            redraw(model, noise, kept)
             model.save_pretrained(place / name)
     return place
 
