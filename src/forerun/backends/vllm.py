@@ -16,7 +16,7 @@ from functools import reduce
 from typing import TYPE_CHECKING, Any
 
 from forerun.backends import vllm_process
-from forerun.backends.vllm_args import drafts, engine_arguments, here
+from forerun.backends.vllm_args import ROUNDS, drafts, engine_arguments, here
 from forerun.backends.vllm_files import find_draft, longest, target_folder
 from forerun.backends.vllm_rounds import Counters, StepStats, match
 from forerun.backends.vllm_score import Scoring
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 EAGER_DRAWS = 1e-5
 """Temperatures below this are greedy to vLLM."""
-ROUNDS = "per_request_spec_decode_metrics"
 
 
 @dataclass

@@ -27,6 +27,8 @@ OWN_RULES = ("auto", "standard")
 """What vLLM does by itself; forerun's plugin computes every other rule inside it."""
 NOT_ARGUMENTS = ("multiprocess", "options", "draft_tensor_parallel_size", "max_model_len")
 """Fields of VllmConfig that are not engine arguments, or are not handed on as they are."""
+ROUNDS = "per_request_spec_decode_metrics"
+"""The argument by which vLLM tells what each round of a request drafted and accepted."""
 SWITCHES = ("disable_log_stats", "aggregate_engine_logging", "data_parallel_multi_port_external_lb", "headless", "grpc")
 """What a server's command line can say yes to alone; every other truth has a `--no-`."""
 JSON_LISTS = ("allowed_origins", "allowed_methods", "allowed_headers")
@@ -82,11 +84,12 @@ def speculative(variant: Variant, draft: Draft | None) -> dict[str, Any]:
     drafter = variant.drafter
     if isinstance(drafter, NoDraftConfig) or not drafter.k:
         return {}
-    said: dict[str, Any] = {"num_speculative_tokens": drafter.k}
     if isinstance(drafter, NGramConfig):
-        return {"method": "ngram", **said, "prompt_lookup_min": drafter.lookup_min, "prompt_lookup_max": drafter.lookup_max}
+        lookup = {"prompt_lookup_min": drafter.lookup_min, "prompt_lookup_max": drafter.lookup_max}
+        return {"method": "ngram", "num_speculative_tokens": drafter.k} | lookup
     assert draft is not None
-    said = {"method": draft.method, "model": draft.path, "num_speculative_tokens": min(drafter.k, draft.most or drafter.k)}
+    k = min(drafter.k, draft.most or drafter.k)
+    said: dict[str, Any] = {"method": draft.method, "model": draft.path, "num_speculative_tokens": k}
     if variant.vllm.draft_tensor_parallel_size is not None:
         said["draft_tensor_parallel_size"] = variant.vllm.draft_tensor_parallel_size
     # vLLM drafts greedily unless told otherwise; at temperature 0 both are the same, and greedy drafting is the cheaper.
@@ -129,7 +132,7 @@ def drafts(arguments: Mapping[str, Any]) -> bool:
 def here(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The same for an engine that is measured from this process: prompts are token ids, texts and ends are ours to tell."""
     own: dict[str, Any] = {"skip_tokenizer_init": True, "disable_log_stats": True}
-    return own | ({"per_request_spec_decode_metrics": "detailed"} if drafts(arguments) else {}) | dict(arguments)
+    return own | ({ROUNDS: "detailed"} if drafts(arguments) else {}) | dict(arguments)
 
 
 def command(arguments: Mapping[str, Any]) -> list[str]:

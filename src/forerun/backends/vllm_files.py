@@ -8,18 +8,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from forerun import __version__
 from forerun.backends.vllm_args import Draft
 from forerun.compress.cache import cache_folder, compressed
+from forerun.compress.identity import files
 from forerun.compress.opened import model_place
-from forerun.compress.restore import read_settings
+from forerun.compress.restore import pruned_layers, read_settings
 from forerun.config import EMBEDDED, DraftModelConfig, EagleConfig, MedusaConfig, MLPConfig, ModelConfig, Variant
 from forerun.heads import Medusa, MLPSpeculator, formats
 from forerun.heads.formats.files import Parts
 from forerun.heads.store import Head, load, write_folder
-from forerun.model import ASSETS, first_line
+from forerun.model import ASSETS, read_config
 from forerun.types import UserError
 
 HeadConfig = MedusaConfig | MLPConfig | EagleConfig
@@ -40,9 +41,9 @@ def target_folder(config: ModelConfig, embedded: str, say: Callable[[str], None]
 def readable(folder: Path) -> str:
     """The folder; UserError where layers in it are of forerun's own kind, which no other library reads."""
     try:
-        pruned = (read_settings(folder).get("forerun") or {}).get("pruned")
+        pruned = pruned_layers(read_settings(folder))
     except UserError:  # vLLM says what is wrong with it
-        pruned = None
+        pruned = {}
     if pruned:
         raise UserError(
             f"model folder {folder}: vLLM does not read layers that were pruned with what=input or what=output; prune with "
@@ -68,10 +69,9 @@ def find_head(config: HeadConfig, target: ModelConfig) -> Draft:
     folder = ASSETS / config.kind if config.path == EMBEDDED else Path(config.path)
     try:
         settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        files = sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in folder.iterdir())
     except (OSError, ValueError):  # a hub id, or what vLLM will say of it
         return Draft(config.path, METHODS.get(config.kind) or ("eagle3" if "eagle3" in config.path.lower() else "eagle"))
-    said = [__version__, str(folder.resolve()), files]
+    said = [__version__, str(folder.resolve()), files(folder)]
     place = cache_folder() / f"vllm-{config.kind}-{hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]}"
     if not place.exists():
         try:
@@ -124,11 +124,7 @@ def without_bias(parts: Parts) -> Parts:
 
 def geometry(config: ModelConfig, embedded: str = "target") -> PreTrainedConfig:
     path = target_folder(config.model_copy(update={"recipes": ()}), embedded, lambda _: None)
-    try:
-        found: PreTrainedConfig = AutoConfig.from_pretrained(path)
-    except Exception as error:  # not a config, no such model on the hub: no common base class
-        raise UserError(f"model {path!r} cannot be read: {first_line(error)}; give a folder or a hub id") from error
-    return found
+    return read_config(path)
 
 
 def longest(variant: Variant) -> int | None:

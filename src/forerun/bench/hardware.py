@@ -103,15 +103,12 @@ def kv_bytes_per_token(model: ModelConfig) -> int | None:
     """Bytes of keys and values that a token of one row takes, from the geometry alone; None where that cannot be read."""
     from transformers import AutoConfig
 
-    from forerun.model import ASSETS
+    from forerun.model import ASSETS, kv_bytes
 
     try:
         settings = AutoConfig.from_pretrained(str(ASSETS / "target") if model.path == EMBEDDED else model.path)
-        text = settings.get_text_config(decoder=True)
-        heads: int = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-        size: int = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         named = settings.dtype if model.dtype == "auto" else model.dtype
         dtype = getattr(torch, str(named or "float32").removeprefix("torch."))
-        return 2 * int(text.num_hidden_layers) * heads * size * int(dtype.itemsize)
+        return kv_bytes(settings, dtype)
     except (OSError, ValueError, AttributeError, TypeError):
         return None

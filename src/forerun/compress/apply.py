@@ -220,8 +220,7 @@ def prune_coupled(task: Task, recipe: PruneConfig) -> list[Row]:
         rows.append(Row(task.index, name, named(recipe), len(keep[number]), where.units, before, after, *errors[number]))
     changes = {field: len(keep[0])}
     if what == "heads":
-        each = config.num_attention_heads // config.num_key_value_heads
-        changes = coupled.head_counts(config, kept_heads, kept_heads * each)
+        changes = coupled.head_counts(config, kept_heads)
     describe(layers, config, changes)
     return rows
 

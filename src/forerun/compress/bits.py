@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from forerun.compress import bnb, prune
@@ -17,7 +17,7 @@ from forerun.compress.opened import read_tokenizer
 from forerun.compress.recipes import Row, named
 from forerun.compress.restore import Files, is_coded
 from forerun.config import BnbConfig, ModelConfig
-from forerun.model import Loaded, first_line, verify_attention
+from forerun.model import Loaded, read_config, verify_attention
 from forerun.packed import scales_beside
 from forerun.types import UserError
 
@@ -57,10 +57,7 @@ def quantized_by_bnb(config: ModelConfig, recipe: BnbConfig, index: int, tell: T
 
 def plain_settings(path: str) -> PreTrainedConfig:
     """The settings of a model that bitsandbytes can read; UserError where config.json is damaged or the model is not plain."""
-    try:
-        settings: PreTrainedConfig = AutoConfig.from_pretrained(path)
-    except Exception as error:  # cut off, of no known type, a field of a wrong type: no common base class
-        raise UserError(f"model {path!r} cannot be read: {first_line(error)}; give a folder or a hub id") from error
+    settings = read_config(path)
     if getattr(settings, "quantization_config", None) is not None:
         raise UserError(f"model {path!r} is quantized already; recipes take the original model")
     if is_coded(Path(path)):

@@ -16,6 +16,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from forerun.compress.prune import linear
+from forerun.model import kv_bytes
 from forerun.packed.codes import CodedLinear
 from forerun.sampling import exponentials, race
 from forerun.types import UserError
@@ -116,11 +117,7 @@ def written(
 
 def rows_at_once(model: PreTrainedModel, length: int) -> int:
     """How many texts are written at a time: many, since a pass costs little more for them, while their KV cache is small."""
-    text: Any = model.config.get_text_config(decoder=True)
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    row_bytes = 2 * text.num_hidden_layers * heads * size * model.dtype.itemsize * length
-    return int(max(8, min(128, CACHE_BYTES // row_bytes)))
+    return max(8, min(128, CACHE_BYTES // (kv_bytes(model.config, model.dtype) * length)))
 
 
 def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:

@@ -140,14 +140,14 @@ def channel_unit(channels: int) -> int:
 def heads_that_can_stay(config: PreTrainedConfig) -> list[int]:
     """Numbers of KV heads that the model's config admits: some want the hidden size to be a multiple of the heads."""
     settings: Any = config
-    each = settings.num_attention_heads // settings.num_key_value_heads
-    return [n for n in range(1, settings.num_key_value_heads + 1) if admits(config, head_counts(config, n, n * each))]
+    return [n for n in range(1, settings.num_key_value_heads + 1) if admits(config, head_counts(config, n))]
 
 
-def head_counts(config: PreTrainedConfig, key_value: int, query: int) -> dict[str, int]:
-    """What a config says of heads; their size, which is often left to be derived from their number, has to be told then."""
+def head_counts(config: PreTrainedConfig, key_value: int) -> dict[str, int]:
+    """What a config says of so many KV heads with their query heads; and of their size, which their number often implied."""
     settings: Any = config
     size = getattr(settings, "head_dim", None) or settings.hidden_size // settings.num_attention_heads
+    query = key_value * (settings.num_attention_heads // settings.num_key_value_heads)
     return {"num_key_value_heads": key_value, "num_attention_heads": query, "head_dim": size}
 
 

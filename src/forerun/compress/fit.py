@@ -89,7 +89,6 @@ def pruned(model: PreTrainedModel, config: Any, sizes: Sizes, recipe: PruneConfi
             width = sum(each.width for each in where.made if each.layer == rows.layer)
             changed[name] = kept * width, sizes[name][1]
     if kept_heads:
-        each = config.num_attention_heads // config.num_key_value_heads
-        for field, value in coupled.head_counts(config, kept_heads, kept_heads * each).items():
+        for field, value in coupled.head_counts(config, kept_heads).items():
             setattr(config, field, value)
     return changed

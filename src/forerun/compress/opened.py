@@ -7,11 +7,11 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from forerun.compress import bnb, checkpoint
 from forerun.config import EMBEDDED, ModelConfig
-from forerun.model import ASSETS, Loaded, first_line, load, verify_attention
+from forerun.model import ASSETS, Loaded, first_line, load, read_config, verify_attention
 from forerun.types import UserError
 
 SETTINGS = ("*.json", "*.model", "*.jinja", "*.tiktoken", "vocab.txt", "merges.txt")
@@ -30,11 +30,7 @@ def open_model(config: ModelConfig, embedded: str = "target") -> Loaded:
         return load(config, embedded)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device in ("auto", "balanced") else config.device
     dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
-    try:
-        settings = AutoConfig.from_pretrained(place)
-    except Exception as error:  # an unknown type of model, a field of a wrong type: no common base class
-        raise UserError(f"model {config.path!r} cannot be read: {first_line(error)}") from error
-    attention = verify_attention(settings, config.attention)
+    attention = verify_attention(read_config(place), config.attention)
     try:
         model = checkpoint.load(place, device, dtype, attention)
     except (RuntimeError, AssertionError) as error:  # no such device, or a torch without it

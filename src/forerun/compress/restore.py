@@ -44,7 +44,13 @@ def is_coded(folder: Path) -> bool:
     except UserError:
         return False
     method = (settings.get("quantization_config") or {}).get("quant_method")
-    return method == "gptq" or (method is None and bool((settings.get("forerun") or {}).get("pruned")))
+    return method == "gptq" or (method is None and bool(pruned_layers(settings)))
+
+
+def pruned_layers(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What a config.json says of layers that forerun pruned, which no other library reads; by their names."""
+    found: dict[str, Any] = (settings.get("forerun") or {}).get("pruned") or {}
+    return found
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
@@ -162,7 +168,7 @@ def load(
         files = Files.of(folder)
         if not model.state_dict().keys() <= files.where.keys():
             files.rename(model)
-        fill(model, files, quantized, (settings.get("forerun") or {}).get("pruned") or {}, torch.device(device))
+        fill(model, files, quantized, pruned_layers(settings), torch.device(device))
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"checkpoint {folder}: {first_line(error)}; fetch or write it again") from error
     if "forerun" in settings:

@@ -36,9 +36,8 @@ from forerun.config import (
     RecipeConfig,
     RoundConfig,
 )
-from forerun.model import Loaded
-from forerun.packed.codes import CodedLinear
-from forerun.packed.packing import scales_beside
+from forerun.model import Loaded, first_line
+from forerun.packed import CodedLinear, scales_beside
 from forerun.types import UserError
 from forerun.workload import texts
 
@@ -88,8 +87,7 @@ def compress(config: Compression, out: Path, tell: Tell, *, embedded: str = "tar
             exchange(work / "model", work, out)
             shutil.rmtree(work, ignore_errors=True)  # the layers too
     except (OSError, SafetensorError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{out} cannot be written: {reason}; what is finished is kept in {work}") from error
+        raise UserError(f"{out} cannot be written: {first_line(error)}; what is finished is kept in {work}") from error
     return report
 
 
